@@ -1,0 +1,5 @@
+"""``python -m hvdspark``."""
+
+from hvdspark.cli import main
+
+main()

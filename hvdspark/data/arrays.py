@@ -1,0 +1,209 @@
+"""Arrow columns to NumPy blocks and back, a whole batch at a time.
+
+A *block* is a C-contiguous array of shape ``(rows, size)``: the values of one column for some rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from hvdspark.errors import NullValueError, RaggedArrayError
+from hvdspark.plan import ColumnSpec, TensorSpec
+
+# How Spark stores its ML vectors: VectorUDT.sqlType() in pyspark.ml.linalg. type 0 is sparse, 1 is dense.
+VECTOR_TYPE = pa.struct(
+    [
+        pa.field("type", pa.int8(), nullable=False),
+        pa.field("size", pa.int32()),
+        pa.field("indices", pa.list_(pa.field("element", pa.int32(), nullable=False))),
+        pa.field("values", pa.list_(pa.field("element", pa.float64(), nullable=False))),
+    ]
+)
+
+Block = npt.NDArray[Any]
+
+
+def count_nulls(column: pa.Array, spec: ColumnSpec) -> int:
+    """Count the rows that are null and the null elements inside arrays."""
+    nulls = int(column.null_count)
+    if spec.kind == "array":
+        nulls += int(column.flatten().null_count)
+    return nulls
+
+
+def to_block(column: pa.Array, spec: ColumnSpec) -> Block:
+    """Turn an Arrow column into a block of the column's dtype.
+
+    Parameters
+    ----------
+    column
+        The column; for vectors Spark's struct of type, size, indices and values.
+    spec
+        What it is; with ``size=None`` the first row decides how long the rows are.
+
+    Raises
+    ------
+    NullValueError
+        When there are nulls.
+    RaggedArrayError
+        When rows have different lengths, or another one than the spec says.
+    """
+    nulls = count_nulls(column, spec)
+    if nulls:
+        raise NullValueError(f"column '{spec.name}' has {nulls} nulls", column=spec.name, count=nulls)
+    if spec.kind == "vector":
+        block = _from_vectors(column, spec)
+    elif spec.kind == "array":
+        values = column.flatten()
+        size = _common_length(np.diff(_offsets(column)), spec)
+        block = _primitive(values).reshape(len(column), size)
+    else:
+        block = _primitive(column).reshape(len(column), 1)
+    return np.ascontiguousarray(block, dtype=spec.dtype)
+
+
+def _primitive(column: pa.Array) -> Block:
+    """View an Arrow array of numbers as NumPy (booleans are bits in Arrow, so those are copied)."""
+    return np.asarray(column.to_numpy(zero_copy_only=not pa.types.is_boolean(column.type)))
+
+
+def _offsets(column: pa.ListArray) -> Block:
+    return np.asarray(column.offsets.to_numpy())
+
+
+def _common_length(lengths: Block, spec: ColumnSpec) -> int:
+    """Return the one length that all rows have."""
+    if len(lengths) == 0:
+        return spec.size or 0
+    expected = int(lengths[0]) if spec.size is None else spec.size
+    wrong = lengths[lengths != expected]
+    if len(wrong):
+        found = int(wrong[0])
+        raise RaggedArrayError(
+            f"column '{spec.name}' has rows of different lengths: expected {expected} values, found {found}. Pad"
+            " or cut the arrays to one length before fit().",
+            column=spec.name,
+            lengths=(expected, found),
+        )
+    return expected
+
+
+def _from_vectors(column: pa.StructArray, spec: ColumnSpec) -> Block:
+    """Densify Spark ML vectors; a batch of dense ones costs no more than its values."""
+    dense = _primitive(column.field("type")) == 1
+    values = column.field("values")
+    starts = _offsets(values)
+    counts = np.diff(starts)
+    numbers = _primitive(values.values)
+    if dense.all():
+        size = _common_length(counts, spec)
+        return numbers[starts[0] : starts[-1]].reshape(len(column), size)
+    sizes = np.where(dense, counts, column.field("size").fill_null(0).to_numpy(zero_copy_only=False))
+    size = _common_length(sizes, spec)
+    block = np.zeros((len(column), size), dtype=spec.dtype)
+    row_of = np.repeat(np.arange(len(column)), counts)
+    position = np.arange(starts[0], starts[-1])
+    # A dense row has no indices: there a value's place is its distance from the row's first value.
+    place = position - np.repeat(starts[:-1], counts)
+    is_sparse = ~dense[row_of]
+    indices = column.field("indices")
+    flat = indices.values.to_numpy()
+    first = _offsets(indices)[:-1]
+    place[is_sparse] = flat[(np.repeat(first, counts) + place)[is_sparse]]
+    block[row_of, place] = numbers[position]
+    return block
+
+
+def pack(block: Block) -> pa.Array:
+    """Store each row of a block as one fixed-width binary cell in NumPy's ``.npy`` format.
+
+    That is what Petastorm's ``NdarrayCodec`` writes and reads; with the same header in every cell a whole
+    column is one buffer, which reads several times faster than Parquet lists.
+    """
+    header = npy_header(block.shape[1], block.dtype.name)
+    cells = np.empty((len(block), len(header) + block.shape[1] * block.itemsize), dtype=np.uint8)
+    cells[:, : len(header)] = np.frombuffer(header, dtype=np.uint8)
+    cells[:, len(header) :] = np.ascontiguousarray(block).view(np.uint8).reshape(len(block), -1)
+    buffer = pa.py_buffer(cells)
+    return pa.Array.from_buffers(pa.binary(cells.shape[1]), len(block), [None, buffer])
+
+
+def unpack(column: pa.Array, spec: ColumnSpec) -> Block:
+    """Turn what :func:`pack` made back into a block."""
+    assert spec.size is not None
+    width = column.type.byte_width
+    start = column.offset * width
+    cells = np.frombuffer(column.buffers()[1], dtype=np.uint8, count=len(column) * width, offset=start)
+    skip = len(npy_header(spec.size, spec.dtype))
+    values = np.ascontiguousarray(cells.reshape(len(column), width)[:, skip:])
+    return values.view(spec.dtype).reshape(len(column), spec.size)
+
+
+@functools.lru_cache(maxsize=256)
+def npy_header(size: int, dtype: str) -> bytes:
+    """Return the ``.npy`` header of a flat array.
+
+    Source: numpy.lib.format, version 1.0 of the format. It is padded to 16 bytes instead of NumPy's 64: readers
+    go by the length it states.
+    """
+    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    text = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': ({size},)}}".encode()
+    text += b" " * (-(len(text) + 11) % 16) + b"\n"
+    out = io.BytesIO()
+    out.write(np.lib.format.magic(1, 0) + len(text).to_bytes(2, "little") + text)
+    return out.getvalue()
+
+
+def fill_tensor(blocks: Mapping[str, Block], tensor: TensorSpec) -> Block:
+    """Concatenate a tensor's columns and give them its dtype and shape, ``(rows, …)``."""
+    parts = [blocks[name] for name in tensor.columns]
+    if tensor.dtype is not None:
+        parts = [part.astype(tensor.dtype, copy=False) for part in parts]
+    joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+    return joined if tensor.shape is None else joined.reshape(len(joined), *tensor.shape)
+
+
+def from_array(values: Block, kind: str) -> pa.Array:
+    """Turn a model's output into an Arrow column.
+
+    Parameters
+    ----------
+    values
+        Shape ``(rows, …)``.
+    kind
+        ``"scalar"`` (one value per row), ``"vector"`` (Spark ML dense vectors) or ``"array"`` (lists, nested for
+        more than one axis).
+    """
+    rows = len(values)
+    if kind == "scalar":
+        return pa.array(values.reshape(rows))
+    if kind == "vector":
+        return _to_vectors(values.reshape(rows, -1).astype(np.float64))
+    column = pa.array(values.reshape(-1))
+    for axis in range(values.ndim - 1, 0, -1):
+        length = values.shape[axis]
+        lists = int(np.prod(values.shape[:axis], dtype=np.int64))
+        column = pa.ListArray.from_arrays(np.arange(lists + 1, dtype=np.int32) * length, column)
+    return column
+
+
+def _to_vectors(values: Block) -> pa.StructArray:
+    rows, size = values.shape
+    offsets = np.arange(rows + 1, dtype=np.int32) * size
+    lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.reshape(-1)), type=VECTOR_TYPE[3].type)
+    return pa.StructArray.from_arrays(
+        [
+            pa.array(np.ones(rows, dtype=np.int8)),
+            pa.nulls(rows, pa.int32()),
+            pa.nulls(rows, VECTOR_TYPE[2].type),
+            lists,
+        ],
+        fields=list(VECTOR_TYPE),
+    )

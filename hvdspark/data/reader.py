@@ -1,0 +1,235 @@
+"""A rank's shard, from Parquet to NumPy blocks, through Petastorm's Reader.
+
+Petastorm brings the machinery (ventilator, worker pool, results queue); the row ranges and the decoding are ours:
+``ShardReader`` ventilates exactly the :class:`~hvdspark.plan.GroupRead` items of the shard, and ``_BlockWorker``
+turns a row group into blocks without a copy per row. Petastorm's own metadata is never loaded, because it is a
+pickle; the manifest says all that is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from hvdspark.data.arrays import Block, unpack
+from hvdspark.data.petastorm_compat import (
+    ConcurrentVentilator,
+    EmptyResultError,
+    Reader,
+    ThreadPool,
+    WorkerBase,
+)
+from hvdspark.errors import CorruptDatasetError
+from hvdspark.plan import ColumnSpec, GroupRead
+from hvdspark.store import Store
+
+Blocks = dict[str, Block]
+
+# Rows are shuffled within a window of this many bytes; a smaller shard is shuffled uniformly.
+SHUFFLE_WINDOW_BYTES = 256 << 20
+
+
+class ShardReader(Reader):  # type: ignore[misc]
+    """Petastorm's Reader over exact row ranges: one pass, in the order given.
+
+    Iterate for ``{column: block}``, one item per row group; use as a context manager.
+
+    Parameters
+    ----------
+    store, dataset
+        Where the dataset is.
+    columns
+        The columns to read.
+    reads
+        The rows to read.
+    workers
+        Threads that read and decode.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        dataset: str,
+        columns: Sequence[ColumnSpec],
+        reads: Sequence[GroupRead],
+        workers: int = 2,
+    ) -> None:
+        # Reader.__init__ lists the folder, unpickles a Unischema and cuts shards by whole row groups. None of that is
+        # wanted, so the parts that its other methods use are set here instead.
+        self._results_queue_reader = _BlockQueueReader()
+        self._workers_pool = ThreadPool(max(1, min(workers, len(reads))))
+        self.ventilator = ConcurrentVentilator(
+            self._workers_pool.ventilate,
+            [{"read": read} for read in reads],
+            iterations=1,
+            max_ventilation_queue_size=self._workers_pool.workers_count + 2,
+        )
+        self.is_batched_reader = True
+        self.num_epochs = 1
+        self.ngram = None
+        self.schema = None
+        self.cache = None
+        self.last_row_consumed = False
+        self.stopped = False
+        self._workers_pool.start(_BlockWorker, (store, dataset, tuple(columns)), ventilator=self.ventilator)
+
+    def __exit__(self, *_: object) -> None:
+        # Not the base class's: that one prints to the standard output.
+        self.stop()
+        self.join()
+
+
+class _BlockQueueReader:
+    """Hands the pool's results on as they are."""
+
+    batched_output = True
+
+    def read_next(self, pool: ThreadPool, _schema: Any, _ngram: Any) -> Blocks:
+        try:
+            blocks: Blocks = pool.get_results()
+        except EmptyResultError:
+            raise StopIteration from None
+        return blocks
+
+
+class _BlockWorker(WorkerBase):  # type: ignore[misc]
+    """Reads one row group's pieces and publishes them as blocks."""
+
+    def process(self, read: GroupRead) -> None:
+        store, dataset, columns = self.args
+        self.publish_func(read_group(store, dataset, columns, read))
+
+    @staticmethod
+    def new_results_queue_reader() -> _BlockQueueReader:
+        return _BlockQueueReader()
+
+
+def read_group(store: Store, dataset: str, columns: Sequence[ColumnSpec], read: GroupRead) -> Blocks:
+    """Read the pieces of one row group.
+
+    Returns
+    -------
+    dict of str to ndarray
+        Per column a block of shape ``(rows, size)``.
+
+    Raises
+    ------
+    CorruptDatasetError
+        When the file is missing or damaged, or holds another number of rows than the manifest says.
+    """
+    group = read.group
+    path = store.path(dataset, group.path)
+    try:
+        source = path if store.is_local else store.filesystem.open(path, "rb")
+        with pq.ParquetFile(source, memory_map=store.is_local) as parquet:
+            table = parquet.read_row_group(group.index, [spec.name for spec in columns], use_threads=False)
+    except (OSError, ValueError, IndexError) as exc:
+        raise CorruptDatasetError(
+            f"row group {group.index} of {store.url_of(dataset, group.path)} cannot be read: {exc}. The dataset was"
+            " changed after it was written; run fit() again to write it anew."
+        ) from exc
+    if table.num_rows != group.rows:
+        raise CorruptDatasetError(
+            f"row group {group.index} of {store.url_of(dataset, group.path)} has {table.num_rows} rows, but the"
+            f" manifest says {group.rows}; run fit() again to write the dataset anew"
+        )
+    return {spec.name: _take(table.column(spec.name), spec, read) for spec in columns}
+
+
+def _take(column: Any, spec: ColumnSpec, read: GroupRead) -> Block:
+    """Decode a column of the row group and keep the rows that are wanted."""
+    chunk = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    if spec.size == 1:
+        values = np.asarray(chunk.to_numpy(zero_copy_only=spec.dtype != "bool"))
+        block = values.reshape(-1, 1)
+    else:
+        block = unpack(chunk, spec)
+    if read.rows == len(block):
+        return block
+    return np.concatenate([block[start:stop] for start, stop in read.pieces])
+
+
+class BlockSource:
+    """The blocks of a shard, pass after pass, shuffled anew for each.
+
+    Parameters
+    ----------
+    store, dataset, columns, reads
+        As for :class:`ShardReader`.
+    shuffle
+        Whether row groups and rows come in random order.
+    seed
+        Seed; the order of a pass depends on ``(seed, pass)`` alone.
+    workers
+        Threads that read and decode.
+    cache_in_memory
+        Keep the decoded shard and read the files once.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        dataset: str,
+        columns: Sequence[ColumnSpec],
+        reads: Sequence[GroupRead],
+        *,
+        shuffle: bool,
+        seed: int | Sequence[int] = 0,
+        workers: int = 2,
+        cache_in_memory: bool = False,
+    ) -> None:
+        self._open = (store, dataset, columns)
+        self._reads = list(reads)
+        self._shuffle = shuffle
+        self._seed = [seed] if isinstance(seed, int) else list(seed)
+        self._workers = workers
+        self._cache: dict[int, Blocks] | None = {} if cache_in_memory else None
+
+    def passes(self, number: int) -> Iterator[Blocks]:
+        """Yield the blocks of one pass: every row of the shard exactly once.
+
+        Parameters
+        ----------
+        number
+            Number of the pass, from zero.
+        """
+        if not self._shuffle:
+            yield from self._read(range(len(self._reads)))
+            return
+        random = np.random.default_rng([*self._seed, number])
+        order = [int(index) for index in random.permutation(len(self._reads))]
+        yield from _shuffled(self._read(order), random)
+
+    def _read(self, order: Sequence[int]) -> Iterator[Blocks]:
+        if self._cache is not None and len(self._cache) == len(self._reads):
+            yield from (self._cache[index] for index in order)
+            return
+        store, dataset, columns = self._open
+        with ShardReader(store, dataset, columns, [self._reads[i] for i in order], self._workers) as reader:
+            for index, blocks in zip(order, reader, strict=True):
+                if self._cache is not None:
+                    self._cache[index] = blocks
+                yield blocks
+
+
+def _shuffled(blocks: Iterator[Blocks], random: np.random.Generator) -> Iterator[Blocks]:
+    """Permute rows within windows of blocks that together stay under the window's size."""
+    window: list[Blocks] = []
+    held = 0
+    for item in blocks:
+        window.append(item)
+        held += sum(block.nbytes for block in item.values())
+        if held >= SHUFFLE_WINDOW_BYTES:
+            yield _permuted(window, random)
+            window, held = [], 0
+    if window:
+        yield _permuted(window, random)
+
+
+def _permuted(window: Sequence[Mapping[str, Block]], random: np.random.Generator) -> Blocks:
+    names = list(window[0])
+    order = random.permutation(sum(len(item[names[0]]) for item in window))
+    return {name: np.concatenate([item[name] for item in window])[order] for name in names}

@@ -1,0 +1,186 @@
+"""The exceptions that hvdspark raises.
+
+::
+
+    HvdSparkError
+    ├── ConfigError (ValueError)      what was asked for cannot work; found before any Spark job
+    │   ├── ParamError                a parameter's value
+    │   └── SchemaError               a column: missing, of the wrong type or of the wrong shape
+    ├── DataError                     the rows themselves
+    │   ├── EmptyDatasetError
+    │   ├── NullValueError
+    │   ├── RaggedArrayError
+    │   └── CorruptDatasetError       a materialized dataset that is not whole
+    ├── StoreError                    the Store cannot be read or written
+    ├── LaunchError                   the ranks did not come up
+    │   ├── NotEnoughSlotsError
+    │   ├── RendezvousError
+    │   └── LaunchTimeoutError
+    ├── WorkerFailedError             a rank failed while it ran
+    └── ModelFormatError              a model or estimator cannot be saved or loaded
+
+Each message says what happened, the value that was found, and what to do about it. Fields are keyword
+arguments and survive pickling, because errors travel from Spark's tasks to the driver.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+class HvdSparkError(Exception):
+    """Base of all errors of this library; catch it to catch them all."""
+
+    def __init__(self, message: str, **fields: Any) -> None:
+        super().__init__(message)
+        self._fields = fields
+        for name, value in fields.items():
+            setattr(self, name, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.args[0], self._fields)
+
+
+def _rebuild(cls: type[HvdSparkError], message: str, fields: dict[str, Any]) -> HvdSparkError:
+    return cls(message, **fields)
+
+
+class ConfigError(HvdSparkError, ValueError):
+    """What was asked for cannot work; raised before any Spark job starts."""
+
+
+class ParamError(ConfigError):
+    """A parameter has a value that cannot be used.
+
+    Attributes
+    ----------
+    param : str
+        Name of the parameter.
+    """
+
+    param: str
+
+
+class SchemaError(ConfigError):
+    """A column is missing, or its type or shape does not fit.
+
+    Attributes
+    ----------
+    column : str
+        Name of the column.
+    expected, found : str
+        What was needed and what the DataFrame has.
+    """
+
+    column: str
+    expected: str
+    found: str
+
+
+class DataError(HvdSparkError):
+    """The rows of the DataFrame cannot be trained on."""
+
+
+class EmptyDatasetError(DataError):
+    """There is no row to train on (or none to validate on)."""
+
+
+class NullValueError(DataError):
+    """A column has nulls; nulls are refused because no number can stand for them.
+
+    Attributes
+    ----------
+    column : str
+        Name of the column.
+    count : int
+        How many nulls were found.
+    """
+
+    column: str
+    count: int
+
+
+class RaggedArrayError(DataError):
+    """An array or vector column has rows of different lengths.
+
+    Attributes
+    ----------
+    column : str
+        Name of the column.
+    lengths : tuple of int
+        Two lengths that were found, or the one expected and the one found.
+    """
+
+    column: str
+    lengths: tuple[int, int]
+
+
+class CorruptDatasetError(DataError):
+    """A materialized dataset misses files or rows that its manifest names."""
+
+
+class StoreError(HvdSparkError):
+    """The Store cannot be read or written.
+
+    Attributes
+    ----------
+    url : str
+        The address that failed.
+    """
+
+    url: str
+
+
+class LaunchError(HvdSparkError):
+    """The ranks could not be started."""
+
+
+class NotEnoughSlotsError(LaunchError):
+    """The cluster cannot run that many ranks at the same time.
+
+    Attributes
+    ----------
+    needed, available : int
+        Ranks asked for, and tasks that the cluster can run at once.
+    """
+
+    needed: int
+    available: int
+
+
+class RendezvousError(LaunchError):
+    """The ranks started but did not find each other."""
+
+
+class LaunchTimeoutError(LaunchError):
+    """The barrier stage did not start, or its ranks did not meet, within the time allowed."""
+
+
+class WorkerFailedError(HvdSparkError):
+    """A rank failed while it ran the user's function or trained.
+
+    Attributes
+    ----------
+    failures : dict of int to str
+        The error text of every rank that failed, by rank.
+    root_cause : int
+        The rank that failed first, on its own account; the others noticed that it was gone.
+    log_tail : str
+        The last lines that this rank wrote.
+    """
+
+    failures: Mapping[int, str]
+    root_cause: int
+    log_tail: str
+
+
+class ModelFormatError(HvdSparkError):
+    """A model or an estimator cannot be saved or loaded."""
+
+
+def closest(name: str, candidates: Iterable[str]) -> str:
+    """Return ``' Did you mean 'x'?'`` for the best match among the candidates, or an empty string."""
+    matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
+    return f" Did you mean '{matches[0]}'?" if matches else ""

@@ -1,0 +1,339 @@
+"""Plain frozen values that cross processes: from the driver to the ranks, and back.
+
+Nothing here imports anything of the project or of a framework, so that every process can read a plan.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+ColumnKind = Literal["scalar", "array", "vector"]
+
+
+@dataclass(frozen=True)
+class ColumnSpec:
+    """One column as it is stored: a fixed number of values of one dtype per row.
+
+    Parameters
+    ----------
+    name
+        The column's name in the DataFrame.
+    kind
+        ``"scalar"``, ``"array"`` (Spark ``array<numeric>``) or ``"vector"`` (Spark ML vector).
+    dtype
+        NumPy dtype name of the stored values, such as ``"float32"``.
+    size
+        Values per row: 1 for a scalar; ``None`` for an array whose length only the rows can tell.
+    """
+
+    name: str
+    kind: ColumnKind
+    dtype: str
+    size: int | None = 1
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or label tensor of the model and the columns that fill it, in order.
+
+    Parameters
+    ----------
+    columns
+        Names of the columns; several are concatenated along the last axis.
+    shape
+        Shape of one row's tensor, without the batch axis; ``None`` means flat, as wide as the columns.
+    dtype
+        NumPy dtype that the model wants; ``None`` keeps the columns' own.
+    """
+
+    columns: tuple[str, ...]
+    shape: tuple[int, ...] | None = None
+    dtype: str | None = None
+
+    @property
+    def size(self) -> int | None:
+        """Values per row, where the shape is known."""
+        return None if self.shape is None else math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class ModelTensor:
+    """An input or output of a model, as far as the model states it.
+
+    Parameters
+    ----------
+    name
+        The model's name for it.
+    shape
+        Without the batch axis; ``None`` where an axis may have any length.
+    dtype
+        NumPy dtype name; ``bfloat16`` for what NumPy does not have.
+    """
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: str
+
+    @property
+    def size(self) -> int | None:
+        """Values per row, or ``None`` where an axis is open."""
+        return None if None in self.shape else math.prod(size or 0 for size in self.shape)
+
+
+@dataclass(frozen=True)
+class BatchSpec:
+    """What a batch consists of: feature tensors, label tensors and an optional weight column."""
+
+    features: tuple[TensorSpec, ...]
+    labels: tuple[TensorSpec, ...]
+    sample_weight: str | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Every column that is needed, once, in the order features, labels, weight."""
+        names = [name for tensor in (*self.features, *self.labels) for name in tensor.columns]
+        if self.sample_weight is not None:
+            names.append(self.sample_weight)
+        return tuple(dict.fromkeys(names))
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """A Parquet row group of a materialized dataset.
+
+    Parameters
+    ----------
+    path
+        Path of the file, relative to the dataset's folder.
+    index
+        Number of the row group within the file.
+    rows
+        Rows in it.
+    """
+
+    path: str
+    index: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class GroupRead:
+    """Rows that a rank takes from one row group.
+
+    Parameters
+    ----------
+    group
+        The row group.
+    pieces
+        Row intervals ``(start, stop)`` within it, ascending, ``stop`` exclusive.
+    """
+
+    group: RowGroup
+    pieces: tuple[tuple[int, int], ...]
+
+    @property
+    def rows(self) -> int:
+        """How many rows are taken."""
+        return sum(stop - start for start, stop in self.pieces)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a materialized dataset holds; its presence says that the dataset is whole.
+
+    Parameters
+    ----------
+    columns
+        The stored columns, with every size resolved.
+    splits
+        Row groups by split, ``"train"`` and ``"val"``, in the DataFrame's partition order.
+    """
+
+    columns: tuple[ColumnSpec, ...]
+    splits: Mapping[str, tuple[RowGroup, ...]]
+
+    VERSION = 1
+
+    def rows(self, split: str) -> int:
+        """Count the rows of a split."""
+        return sum(group.rows for group in self.splits.get(split, ()))
+
+    def to_json(self) -> str:
+        """Write the manifest as JSON text."""
+        return json.dumps({"version": self.VERSION, **asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Read what :meth:`to_json` wrote; raises ``ValueError`` for another version."""
+        data = json.loads(text)
+        if data["version"] != cls.VERSION:
+            raise ValueError(f"manifest version {data['version']}, this hvdspark reads {cls.VERSION}")
+        return cls(
+            columns=tuple(ColumnSpec(**column) for column in data["columns"]),
+            splits={name: tuple(RowGroup(**group) for group in groups) for name, groups in data["splits"].items()},
+        )
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """Which rows go to which rank in which step; decided once, on the driver.
+
+    Every step but the last has ``batch_rows`` rows on every rank; the rows that remain are spread evenly
+    over the ranks in the last step. So all ranks take the same number of steps, shards differ by at most one
+    row, and a step holds as many rows as one process with the whole batch would have had in it.
+
+    Parameters
+    ----------
+    groups
+        The row groups of the split, in reading order.
+    size
+        Number of ranks.
+    batch_rows
+        Rows per rank and full step.
+    striped
+        ``True``: the ranks share each step's consecutive rows, so that the order over all ranks is that of
+        the data. ``False``: each rank has one consecutive piece of the data, read once by nobody else.
+    """
+
+    groups: tuple[RowGroup, ...]
+    size: int
+    batch_rows: int
+    striped: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Rows of all ranks together."""
+        return sum(group.rows for group in self.groups)
+
+    @property
+    def steps(self) -> int:
+        """Steps of one pass over the rows, the same on every rank."""
+        return -(-self.rows // (self.batch_rows * self.size))
+
+    def rows_at(self, rank: int, step: int) -> int:
+        """Count the rows that a rank has in a step."""
+        if step < self.steps - 1:
+            return self.batch_rows
+        share, extra = divmod(self.total_rows_at(step), self.size)
+        return share + (rank < extra)
+
+    def total_rows_at(self, step: int) -> int:
+        """Count the rows of all ranks together in a step."""
+        full = self.batch_rows * self.size
+        return full if step < self.steps - 1 else self.rows - full * (self.steps - 1)
+
+    def rows_of(self, rank: int) -> int:
+        """Count the rows that a rank has in one pass."""
+        return self.batch_rows * (self.steps - 1) + self.rows_at(rank, self.steps - 1)
+
+    @property
+    def has_idle_steps(self) -> bool:
+        """Whether some rank has no row of its own in the last step."""
+        return self.rows_at(self.size - 1, self.steps - 1) == 0
+
+
+@dataclass(frozen=True)
+class RankContext:
+    """Where a training process stands among its peers.
+
+    Parameters
+    ----------
+    rank, size
+        Global rank and number of ranks.
+    local_rank, local_size
+        The same among the ranks of one host.
+    cross_rank, cross_size
+        The host's number among the hosts that have this local rank, and how many they are.
+    host
+        Name of the host, as Spark knows it.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    cross_rank: int
+    cross_size: int
+    host: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}/{self.size} {self.host}"
+
+
+@dataclass(frozen=True)
+class StoreRef:
+    """Address of a Store and of what is needed to open it elsewhere."""
+
+    url: str
+    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class FitPlan:
+    """Everything a rank needs to know to train, besides the model.
+
+    Parameters
+    ----------
+    run_id
+        Name of the run; its folder in the Store.
+    store
+        Where data, checkpoints and the model live.
+    dataset
+        Folder of the materialized dataset, relative to the Store.
+    columns
+        The stored columns.
+    batch
+        How columns make up a batch.
+    train, val
+        The shards of both splits; ``val`` is ``None`` without validation.
+    epochs
+        Passes over the training rows (or over ``train_steps_per_epoch`` steps).
+    shuffle, seed
+        Whether rows are shuffled, and the seed of everything random.
+    """
+
+    run_id: str
+    store: StoreRef
+    dataset: str
+    columns: tuple[ColumnSpec, ...]
+    batch: BatchSpec
+    train: ShardPlan
+    val: ShardPlan | None
+    epochs: int
+    shuffle: bool
+    seed: int
+    reader_workers: int = 2
+    cache_in_memory: bool = False
+    train_steps_per_epoch: int | None = None
+    validation_steps_per_epoch: int | None = None
+    verbose: int = 1
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What comes back from rank 0: small values and paths, never weights.
+
+    Parameters
+    ----------
+    history
+        Per metric the value of each epoch.
+    model_path
+        The published model file, relative to the Store.
+    phases
+        Seconds spent in the rank, by phase.
+    rows_per_s
+        Training rows per second over all ranks, first epoch excluded where there are more.
+    inputs, outputs
+        What the trained model takes and gives.
+    """
+
+    history: Mapping[str, list[float]]
+    model_path: str
+    phases: Mapping[str, float]
+    rows_per_s: float
+    inputs: tuple[ModelTensor, ...]
+    outputs: tuple[ModelTensor, ...]

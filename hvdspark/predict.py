@@ -1,0 +1,252 @@
+"""Batched scoring: Arrow batches in, the same batches with output columns out. Lazy, and without a probe job."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from hvdspark.data.arrays import Block, fill_tensor, from_array, to_block
+from hvdspark.errors import ParamError, SchemaError
+from hvdspark.plan import ColumnKind, ColumnSpec, ModelTensor, TensorSpec
+
+if TYPE_CHECKING:
+    from pyspark import Broadcast
+    from pyspark.sql import DataFrame
+    from pyspark.sql import types as T
+
+
+class Scorer(Protocol):
+    """Maps the model's input tensors, each of shape ``(rows, …)``, to its output tensors."""
+
+    def __call__(self, inputs: Sequence[Block]) -> Sequence[Block]:
+        """Score one batch."""
+        ...
+
+
+@dataclass(frozen=True)
+class OutputColumn:
+    """A column that scoring appends.
+
+    Parameters
+    ----------
+    name
+        Name of the column.
+    kind
+        ``"scalar"``, ``"vector"`` (Spark ML vector) or ``"array"``.
+    shape
+        Shape of one row's output.
+    dtype
+        NumPy dtype of the values in the column. A vector holds ``float64`` always, as Spark's vectors do.
+    """
+
+    name: str
+    kind: ColumnKind
+    shape: tuple[int | None, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class ScorePlan:
+    """How rows become model inputs and outputs become columns.
+
+    Parameters
+    ----------
+    columns
+        The columns that are read, as they are in the DataFrame.
+    features
+        The model's inputs.
+    outputs
+        The columns to append.
+    batch_rows
+        Rows per call of the model.
+    loader
+        Address ``"package.module:function"`` of the function that makes a :class:`Scorer` from the payload.
+    key
+        Identifies the payload; a Python worker keeps the scorer of one key for its later tasks.
+    """
+
+    columns: tuple[ColumnSpec, ...]
+    features: tuple[TensorSpec, ...]
+    outputs: tuple[OutputColumn, ...]
+    batch_rows: int
+    loader: str
+    key: str
+
+
+def output_columns(
+    names: Sequence[str], outputs: Sequence[ModelTensor], kinds: Sequence[str | None]
+) -> tuple[OutputColumn, ...]:
+    """Decide what each model output becomes.
+
+    Parameters
+    ----------
+    names
+        One column name per output.
+    outputs
+        What the model gives.
+    kinds
+        The user's choice for each output, or ``None``: one value per row becomes a number, a row of values a Spark ML
+        vector (as Spark's own models give), anything more a nested array. Floating-point scalars become ``double``, the
+        type that Spark's evaluators take.
+
+    Raises
+    ------
+    ParamError
+        When the numbers of names and outputs differ, or a kind does not fit the output's shape.
+    """
+    if len(names) != len(outputs):
+        raise ParamError(
+            f"output_cols has {len(names)} names, but the model has {len(outputs)} outputs; give one name per output",
+            param="output_cols",
+        )
+    return tuple(_output_column(name, tensor, kind) for name, tensor, kind in zip(names, outputs, kinds, strict=True))
+
+
+def _output_column(name: str, tensor: ModelTensor, wanted: str | None) -> OutputColumn:
+    is_float = tensor.dtype.startswith(("float", "bfloat"))
+    if wanted not in (None, "scalar", "vector", "array"):
+        raise ParamError(
+            f"output type '{wanted}' of '{name}' is not known; choose 'scalar', 'vector' or 'array'",
+            param="output_types",
+        )
+    if wanted == "scalar" and tensor.size not in (1, None):
+        raise ParamError(
+            f"'{name}' cannot be a scalar: the model gives {tensor.size} values per row", param="output_types"
+        )
+    if wanted is not None:
+        kind: Any = wanted
+    elif tensor.size == 1 and len(tensor.shape) <= 1:
+        kind = "scalar"
+    else:
+        kind = "vector" if len(tensor.shape) == 1 and is_float else "array"
+    if not is_float:
+        dtype = tensor.dtype
+    else:
+        dtype = "float64" if kind in ("scalar", "vector") or tensor.dtype == "float64" else "float32"
+    return OutputColumn(name, kind, tensor.shape, dtype)
+
+
+def scored_schema(schema: T.StructType, outputs: Sequence[OutputColumn]) -> T.StructType:
+    """Append the output columns to a schema.
+
+    Raises
+    ------
+    SchemaError
+        When a column of that name is there already.
+    """
+    from pyspark.sql import types as T
+
+    fields = list(schema.fields)
+    for output in outputs:
+        if output.name in schema.names:
+            raise SchemaError(
+                f"the output column '{output.name}' exists already; choose another name with setOutputCols([…]), or"
+                " drop the column first",
+                column=output.name,
+                expected="a new column",
+                found="a column of that name",
+            )
+        fields.append(T.StructField(output.name, _spark_type(output), nullable=False))
+    return T.StructType(fields)
+
+
+def _spark_type(output: OutputColumn) -> Any:
+    from pyspark.sql import types as T
+
+    numbers: dict[str, T.DataType] = {
+        "bool": T.BooleanType(),
+        "int8": T.ByteType(),
+        "int16": T.ShortType(),
+        "int32": T.IntegerType(),
+        "int64": T.LongType(),
+        "float32": T.FloatType(),
+        "float64": T.DoubleType(),
+    }
+    if output.dtype not in numbers:
+        raise ParamError(
+            f"the model's output for '{output.name}' has dtype {output.dtype}, which no column type holds",
+            param="output_cols",
+        )
+    if output.kind == "vector":
+        # Looked up by name: the engine does not depend on Spark ML, but speaks its vector type.
+        return importlib.import_module("pyspark.ml.linalg").VectorUDT()
+    found: Any = numbers[output.dtype]
+    if output.kind == "array":
+        for _ in output.shape or (1,):
+            found = T.ArrayType(found, containsNull=False)
+    return found
+
+
+def score(df: DataFrame, plan: ScorePlan, payload: Broadcast[bytes]) -> DataFrame:
+    """Append a model's outputs to a DataFrame.
+
+    Parameters
+    ----------
+    df
+        The rows; all columns are kept.
+    plan
+        What to read and what to append.
+    payload
+        What the plan's loader makes the model of; it travels once to each executor.
+
+    Returns
+    -------
+    DataFrame
+        Lazy: nothing runs until somebody asks for rows.
+    """
+    schema = scored_schema(df.schema, plan.outputs)
+    return df.mapInArrow(_task_of(plan, payload), schema)
+
+
+def _task_of(
+    plan: ScorePlan, payload: Broadcast[bytes]
+) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    """Make the function that Spark calls with a partition's batches."""
+
+    def task(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            if batch.num_rows:
+                yield score_batch(batch, plan, _scorer(plan, payload))
+
+    return task
+
+
+# The scorer of this Python worker and its key. One: a worker that scores with several models in turn is rare, and
+# models are large.
+_kept: tuple[str, Scorer] | None = None
+
+
+def _scorer(plan: ScorePlan, payload: Broadcast[bytes]) -> Scorer:
+    """Make the scorer, or take the one that an earlier task of this Python worker made."""
+    global _kept
+    if _kept is None or _kept[0] != plan.key:
+        module, _, name = plan.loader.partition(":")
+        _kept = (plan.key, getattr(importlib.import_module(module), name)(payload.value))
+    return _kept[1]
+
+
+def score_batch(batch: pa.RecordBatch, plan: ScorePlan, scorer: Scorer) -> pa.RecordBatch:
+    """Append the outputs of one batch.
+
+    Raises
+    ------
+    NullValueError, RaggedArrayError
+        When a feature cannot be given to the model.
+    """
+    blocks = {spec.name: to_block(batch.column(spec.name), spec) for spec in plan.columns}
+    inputs = [fill_tensor(blocks, tensor) for tensor in plan.features]
+    parts = [
+        scorer([tensor[start : start + plan.batch_rows] for tensor in inputs])
+        for start in range(0, batch.num_rows, plan.batch_rows)
+    ]
+    columns, names = list(batch.columns), list(batch.schema.names)
+    for index, output in enumerate(plan.outputs):
+        values = np.concatenate([np.asarray(part[index]) for part in parts])
+        columns.append(from_array(values.astype(output.dtype, copy=False), output.kind))
+        names.append(output.name)
+    return pa.RecordBatch.from_arrays(columns, names=names)

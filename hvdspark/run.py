@@ -1,0 +1,96 @@
+"""``run``: any function under Horovod on barrier tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import cloudpickle
+
+from hvdspark.errors import LaunchError
+from hvdspark.launch.barrier import LaunchOptions, count_slots, run_barrier
+from hvdspark.worker.job import Job
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+
+def run(
+    fn: Callable[..., Any],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    num_proc: int | None = None,
+    *,
+    start_timeout: float = 120.0,
+    env: Mapping[str, str] | None = None,
+    nics: Sequence[str] = (),
+    controller: str = "gloo",
+    spark: SparkSession | None = None,
+) -> list[Any]:
+    """Run a function on every rank of a new Horovod job, one rank per Spark barrier task.
+
+    The function calls ``hvd.init()`` of the Horovod flavour that it uses; all that ``init`` needs is set.
+
+    Parameters
+    ----------
+    fn
+        The function. It travels to the executors by cloudpickle, so that it may be defined anywhere.
+    args, kwargs
+        Its arguments, the same on every rank.
+    num_proc
+        Number of ranks; by default as many tasks as the cluster can run at once.
+    start_timeout
+        Seconds within which every rank must have begun.
+    env
+        Environment variables for the ranks.
+    nics
+        Network interfaces that the ranks may use; by default chosen from Spark's host names.
+    controller
+        The control plane, ``"gloo"``.
+    spark
+        The session to run in; by default the active one.
+
+    Returns
+    -------
+    list
+        What the function returned on each rank, by rank.
+
+    Raises
+    ------
+    NotEnoughSlotsError
+        When the cluster cannot run that many ranks at once.
+    WorkerFailedError
+        When the function failed on some rank; the message begins with the rank and the error that came first.
+
+    Examples
+    --------
+    >>> def mean_of_ranks():
+    ...     import horovod.tensorflow as hvd
+    ...     import tensorflow as tf
+    ...     hvd.init()
+    ...     return float(hvd.allreduce(tf.constant(float(hvd.rank())), op=hvd.Average))
+    >>> run(mean_of_ranks, num_proc=2)  # doctest: +SKIP
+    [0.5, 0.5]
+    """
+    session = spark or active_session()
+    options = LaunchOptions(controller=controller, nics=tuple(nics), env=dict(env or {}), start_timeout_s=start_timeout)
+    ranks = count_slots(session) if num_proc is None else num_proc
+    payload = cloudpickle.dumps(Job(fn, tuple(args), dict(kwargs or {})))
+    # The answers came through Spark's own channel from processes that this call started.
+    return [cloudpickle.loads(answer) for answer in run_barrier(session, ranks, payload, options)]
+
+
+def active_session() -> SparkSession:
+    """Return the active Spark session.
+
+    Raises
+    ------
+    LaunchError
+        When there is none, or it is a Spark Connect session, which has no barrier launch of its own yet.
+    """
+    from pyspark.sql import SparkSession
+
+    session = SparkSession.getActiveSession()
+    if session is None:
+        raise LaunchError("there is no active Spark session; make one with SparkSession.builder.getOrCreate()")
+    return session

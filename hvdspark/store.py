@@ -1,0 +1,270 @@
+"""``Store``: one folder, local or remote, that the driver and all ranks can reach.
+
+Datasets, checkpoints and models live in it. Everything is published atomically: a reader finds a file whole or
+not at all, also when the writer dies half-way.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.core import url_to_fs
+
+from hvdspark.errors import ParamError, StoreError, closest
+from hvdspark.plan import StoreRef
+
+# Schemes as Hadoop spells them, and what fsspec calls the same file system.
+_HADOOP_SCHEMES = {"s3a": "s3", "s3n": "s3", "wasb": "abfs", "wasbs": "abfs"}
+
+# Object stores show an object only once its upload is complete, and rename by copying: writing in place is the
+# atomic way there. Everywhere else a file is written beside its final name and then renamed.
+_OBJECT_STORES = frozenset({"s3", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "memory"})
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=-]*")
+
+
+class Store:
+    """A folder for datasets, checkpoints and models, local or on any file system that fsspec knows.
+
+    Parameters
+    ----------
+    url
+        A path (``/shared/experiments``) or an fsspec URL (``hdfs://…``, ``s3://bucket/prefix``, …). The driver
+        and every executor must reach the same folder by it.
+    storage_options
+        Passed to fsspec, for instance ``{"endpoint_url": …}``. They travel to the ranks, but are never written
+        to the Store or into saved estimators; prefer credentials from the environment.
+
+    Examples
+    --------
+    >>> store = Store.create("/tmp/experiments")
+    >>> store.url
+    '/tmp/experiments'
+    """
+
+    def __init__(self, url: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> None:
+        self._options = dict(storage_options or {})
+        self.url = _normalize(os.fspath(url))
+        try:
+            self._fs, self._root = url_to_fs(self.url, **self._options)
+        except (ValueError, ImportError) as exc:
+            scheme = self.url.split("://", 1)[0]
+            hint = closest(scheme, fsspec.available_protocols())
+            raise StoreError(f"cannot open the Store '{self.url}': {exc}.{hint}", url=self.url) from exc
+
+    @classmethod
+    def create(cls, prefix_path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Store:
+        """Open a Store, as ``horovod.spark``'s ``Store.create`` does; see the class for the parameters."""
+        return cls(prefix_path, storage_options)
+
+    @classmethod
+    def from_ref(cls, ref: StoreRef) -> Store:
+        """Open the Store that :meth:`ref` described in another process."""
+        return cls(ref.url, ref.storage_options)
+
+    def ref(self) -> StoreRef:
+        """Describe this Store by plain values, to open it in another process."""
+        return StoreRef(self.url, self._options)
+
+    def __repr__(self) -> str:
+        return f"Store({self.url!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Store) and self.ref() == other.ref()
+
+    def __hash__(self) -> int:
+        return hash(self.url)
+
+    @property
+    def filesystem(self) -> fsspec.AbstractFileSystem:
+        """The fsspec file system behind the Store."""
+        return self._fs
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the Store is a folder of this machine's file system."""
+        return "file" in _protocols(self._fs)
+
+    def path(self, *parts: str) -> str:
+        """Return the file system's own path of something in the Store.
+
+        Parameters
+        ----------
+        parts
+            Names relative to the Store; each may hold slashes, none may leave the Store.
+
+        Raises
+        ------
+        ParamError
+            When a name is empty, absolute, or has ``..`` or other odd characters in it.
+        """
+        names = [name for part in parts for name in part.split("/")]
+        for name in names:
+            if not _NAME.fullmatch(name):
+                raise ParamError(
+                    f"'{'/'.join(parts)}' is no name inside the Store: use letters, digits, '_', '-', '.' and '='"
+                    " between slashes",
+                    param="name",
+                )
+        return posixpath.join(self._root, *names)
+
+    def url_of(self, *parts: str) -> str:
+        """Return the address of something in the Store, to show or to give to other programs."""
+        self.path(*parts)
+        return posixpath.join(self.url, *parts)
+
+    def exists(self, *parts: str) -> bool:
+        """Whether there is a file or folder of that name."""
+        return bool(self._fs.exists(self.path(*parts)))
+
+    def list(self, *parts: str) -> list[str]:
+        """List the names in a folder, sorted; an absent folder is empty."""
+        try:
+            entries = self._fs.ls(self.path(*parts), detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(posixpath.basename(entry.rstrip("/")) for entry in entries)
+
+    def read_bytes(self, *parts: str) -> bytes:
+        """Read a file.
+
+        Raises
+        ------
+        StoreError
+            When there is none, or it cannot be read.
+        """
+        try:
+            return bytes(self._fs.cat_file(self.path(*parts)))
+        except OSError as exc:
+            raise StoreError(f"cannot read {self.url_of(*parts)}: {exc}", url=self.url_of(*parts)) from exc
+
+    def publish_bytes(self, data: bytes, *parts: str) -> None:
+        """Write a file atomically, replacing one of the same name.
+
+        Raises
+        ------
+        StoreError
+            When it cannot be written; the file of that name is then as it was before.
+        """
+        target = self.path(*parts)
+        try:
+            self._fs.makedirs(posixpath.dirname(target), exist_ok=True)
+            if self._is_object_store:
+                self._fs.pipe_file(target, data)
+                return
+            beside = f"{target}.{uuid.uuid4().hex}.part"
+            try:
+                with self._fs.open(beside, "wb") as file:
+                    file.write(data)
+                    _sync(file)
+                self._rename(beside, target)
+            except BaseException:
+                self._discard(beside)
+                raise
+        except OSError as exc:
+            url = self.url_of(*parts)
+            raise StoreError(f"cannot write {url}: {exc}. Nothing was left behind.", url=url) from exc
+
+    def publish_file(self, source: str | os.PathLike[str], *parts: str) -> None:
+        """Copy a local file into the Store atomically; errors as :meth:`publish_bytes`."""
+        self.publish_bytes(Path(source).read_bytes(), *parts)
+
+    def make_folder(self, *parts: str) -> None:
+        """Make a folder and those above it; one that exists stays.
+
+        Raises
+        ------
+        StoreError
+            When it cannot be made.
+        """
+        try:
+            self._fs.makedirs(self.path(*parts), exist_ok=True)
+        except OSError as exc:
+            url = self.url_of(*parts)
+            raise StoreError(f"cannot make the folder {url}: {exc}", url=url) from exc
+
+    def delete(self, *parts: str) -> None:
+        """Remove a file or a folder with all that is in it; an absent one is fine."""
+        if not parts:
+            raise ParamError("name what to delete: the Store itself is never deleted", param="parts")
+        try:
+            self._fs.rm(self.path(*parts), recursive=True)
+        except FileNotFoundError:
+            return
+
+    def check_writable(self) -> None:
+        """Write and remove a small file, to find out before a job what would fail after it.
+
+        Raises
+        ------
+        StoreError
+            When the Store cannot be written.
+        """
+        probe = f"probe-{uuid.uuid4().hex}"
+        try:
+            self.publish_bytes(b"", probe)
+            self.delete(probe)
+        except (StoreError, OSError) as exc:
+            raise StoreError(
+                f"the Store '{self.url}' is not writable: {exc.__cause__ or exc}. Give a folder that the driver and"
+                " all executors can write.",
+                url=self.url,
+            ) from exc
+
+    @property
+    def _is_object_store(self) -> bool:
+        return bool(_OBJECT_STORES & _protocols(self._fs))
+
+    def _rename(self, source: str, target: str) -> None:
+        if self.is_local:
+            # fsspec's own move is shutil.move, which copies where a rename is refused.
+            Path(source).replace(target)
+        else:
+            if self._fs.exists(target):
+                self._fs.rm_file(target)
+            self._fs.mv(source, target)
+
+    def _discard(self, path: str) -> None:
+        try:
+            self._fs.rm_file(path)
+        except OSError:
+            return
+
+
+def _normalize(url: str) -> str:
+    """Spell a URL as fsspec does and drop slashes at its end."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        rest = scheme
+        if rest.startswith("file:"):
+            rest = rest.removeprefix("file:")
+        return _absolute(rest)
+    if scheme == "file":
+        return _absolute("/" + rest.lstrip("/"))
+    return f"{_HADOOP_SCHEMES.get(scheme, scheme)}://{rest.rstrip('/')}"
+
+
+def _absolute(path: str) -> str:
+    # Not Path.resolve(): a link in the path may be this machine's own, and lead elsewhere on others.
+    return os.path.abspath(path)  # noqa: PTH100
+
+
+def _protocols(fs: fsspec.AbstractFileSystem) -> frozenset[str]:
+    return frozenset([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol)
+
+
+def _sync(file: Any) -> None:
+    """Bring a local file to the disk before it gets its name; remote files have no descriptor."""
+    file.flush()
+    try:
+        descriptor = file.fileno()
+    except (AttributeError, OSError):
+        return
+    os.fsync(descriptor)

@@ -1,0 +1,114 @@
+"""Which epoch's model is kept, and how it gets into the run's folder."""
+
+from __future__ import annotations
+
+import math
+import posixpath
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from hvdspark.errors import ParamError, closest
+from hvdspark.store import Store
+
+RUNS = "runs"
+MODEL = "model"
+
+_RISING = ("acc", "auc", "precision", "recall", "f1", "fbeta", "r2", "iou", "dice", "top_k", "cosine_similarity")
+
+
+def run_folder(run_id: str) -> str:
+    """Return the folder of a run, relative to the Store."""
+    return posixpath.join(RUNS, run_id)
+
+
+@dataclass(frozen=True)
+class BestOf:
+    """Keep the epoch with the best value of a metric instead of the last one.
+
+    Parameters
+    ----------
+    monitor
+        Name in the history, such as ``"val_loss"``.
+    mode
+        Whether less or more is better; ``"auto"`` takes accuracies, AUC and the like as rising.
+    """
+
+    monitor: str = "val_loss"
+    mode: Literal["auto", "min", "max"] = "auto"
+
+    @property
+    def rising(self) -> bool:
+        """Whether more is better."""
+        name = self.monitor.removeprefix("val_")
+        return self.mode == "max" or (self.mode == "auto" and any(part in name for part in _RISING))
+
+
+class Checkpoints:
+    """The models of a run: after every epoch the last one, and the best so far where that is wanted.
+
+    Only rank 0 has one of these.
+
+    Parameters
+    ----------
+    store, run_id
+        Where they go: ``runs/<run_id>/checkpoints``.
+    suffix
+        File suffix of the framework's format.
+    best_of
+        Which epoch is kept; ``None`` keeps the last.
+    """
+
+    def __init__(self, store: Store, run_id: str, suffix: str, best_of: BestOf | None = None) -> None:
+        self._store = store
+        self._folder = run_folder(run_id)
+        self._suffix = suffix
+        self._best_of = best_of
+        self._best_value = math.nan
+
+    def save(self, logs: Mapping[str, float], serialize: Callable[[], bytes]) -> None:
+        """Keep the model of an epoch that has just ended.
+
+        Parameters
+        ----------
+        logs
+            The epoch's metrics.
+        serialize
+            Gives the model's bytes.
+
+        Raises
+        ------
+        ParamError
+            When the metric to go by is not among them (naming those that are).
+        """
+        data = serialize()
+        self._store.publish_bytes(data, self._path("last"))
+        if self._best_of is not None and self._improves(logs):
+            self._store.publish_bytes(data, self._path("best"))
+
+    def publish(self) -> str:
+        """Make the kept model the run's result; returns its path, relative to the Store."""
+        target = posixpath.join(self._folder, MODEL + self._suffix)
+        kept = "last" if self._best_of is None else "best"
+        self._store.publish_bytes(self._store.read_bytes(self._path(kept)), target)
+        return target
+
+    def _path(self, name: str) -> str:
+        return posixpath.join(self._folder, "checkpoints", name + self._suffix)
+
+    def _improves(self, logs: Mapping[str, float]) -> bool:
+        assert self._best_of is not None
+        monitor = self._best_of.monitor
+        if monitor not in logs:
+            raise ParamError(
+                f"checkpoint_callback monitors '{monitor}', which this fit does not have.{closest(monitor, logs)} It"
+                f" has: {', '.join(logs)}",
+                param="checkpoint_callback",
+            )
+        value = float(logs[monitor])
+        better = value > self._best_value if self._best_of.rising else value < self._best_value
+        # The first value is always kept, and any number is better than NaN.
+        if math.isnan(self._best_value) or better:
+            self._best_value = value
+            return True
+        return False

@@ -1,0 +1,34 @@
+"""What a training process is asked to do."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Job:
+    """A call to make in every training process.
+
+    Parameters
+    ----------
+    target
+        The function, or its address as ``"package.module:function"``; the address keeps what the module needs out of
+        the process that only passes the job on.
+    args, kwargs
+        Its arguments.
+    """
+
+    target: Callable[..., Any] | str
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def call(self) -> Any:
+        """Make the call."""
+        target = self.target
+        if isinstance(target, str):
+            module, _, name = target.partition(":")
+            target = getattr(importlib.import_module(module), name)
+        return target(*self.args, **self.kwargs)

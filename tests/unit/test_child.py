@@ -1,0 +1,154 @@
+"""The training process: its answer, its death and its output, with real processes."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import psutil
+import pytest
+
+from hvdspark.launch.child import Outcome, run_child
+from hvdspark.plan import RankContext
+from hvdspark.worker.job import Job
+
+CONTEXT = RankContext(rank=1, size=2, local_rank=1, local_size=2, cross_rank=0, cross_size=1, host="here")
+
+
+def run(function: Any, *args: Any, log: io.BytesIO | None = None, start_timeout_s: float = 60) -> Outcome:
+    payload = cloudpickle.dumps(Job(function, args))
+    return run_child(payload, CONTEXT, {"MARK": "set"}, log, start_timeout_s)
+
+
+def test_the_result_comes_back_with_its_environment() -> None:
+    outcome = run(lambda x: (x, os.environ["MARK"]), 7)
+    assert outcome.result is not None
+    assert cloudpickle.loads(outcome.result) == (7, "set")
+
+
+def test_a_large_payload_and_a_large_result_pass() -> None:
+    outcome = run(lambda data: data[::-1], b"ab" * 5_000_000)
+    assert outcome.result is not None
+    assert cloudpickle.loads(outcome.result) == b"ba" * 5_000_000
+
+
+def test_a_user_error_comes_back_with_type_message_traceback_and_last_lines() -> None:
+    def broken() -> None:
+        print("before the error")
+        raise LookupError("no such thing\nand more")
+
+    failure = run(broken).failure
+    assert failure is not None
+    assert (failure.rank, failure.host, failure.kind) == (1, "here", "user")
+    assert failure.error == "LookupError: no such thing"
+    assert "in broken" in failure.details
+    assert "hvdspark/worker" not in failure.details
+    assert "before the error" in failure.log_tail
+
+
+def test_a_lost_peer_is_told_from_an_error_of_the_users_own() -> None:
+    class HorovodInternalError(RuntimeError):
+        pass
+
+    def broken() -> None:
+        raise HorovodInternalError("Connection closed by peer")
+
+    failure = run(broken).failure
+    assert failure is not None
+    assert failure.kind == "peer"
+
+
+def test_a_killed_process_is_named_by_its_signal() -> None:
+    failure = run(lambda: os.kill(os.getpid(), signal.SIGKILL)).failure
+    assert failure is not None
+    assert failure.kind == "died"
+    assert "SIGKILL" in failure.error
+
+
+def test_an_exit_without_an_answer_is_named_by_its_code() -> None:
+    failure = run(lambda: os._exit(3)).failure
+    assert failure is not None
+    assert "exit code 3" in failure.error
+
+
+def test_a_process_that_does_not_begin_in_time_is_ended() -> None:
+    started = time.monotonic()
+    failure = run(lambda: None, start_timeout_s=0.01).failure
+    assert failure is not None
+    assert failure.kind == "start"
+    assert "did not begin within 0.01 s" in failure.error
+    assert time.monotonic() - started < 30
+
+
+def test_output_goes_to_the_log_with_the_rank_before_each_line() -> None:
+    log = io.BytesIO()
+    run(lambda: print("first\nsecond"), log=log)
+    assert log.getvalue().decode().splitlines() == ["[rank 1/2 here] first", "[rank 1/2 here] second"]
+
+
+def test_a_log_that_cannot_be_written_does_not_stop_the_work(caplog: pytest.LogCaptureFixture) -> None:
+    class Full(io.BytesIO):
+        def writelines(self, lines: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+    assert run(lambda: print("x") or 5, log=Full()).result is not None
+    assert "cannot write the log" in caplog.text
+
+
+def test_what_the_process_started_ends_with_it() -> None:
+    def leave_a_grandchild() -> int:
+        return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True).pid
+
+    outcome = run(leave_a_grandchild)
+    assert outcome.result is not None
+    pid = cloudpickle.loads(outcome.result)
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_the_process_dies_when_its_task_is_killed(tmp_path: Path) -> None:
+    """The task is a process of its own here, because it is killed the hard way."""
+    script = tmp_path / "task.py"
+    pids = tmp_path / "pids"
+    script.write_text(
+        textwrap.dedent(f"""
+        import cloudpickle
+        from hvdspark.launch.child import run_child
+        from hvdspark.plan import RankContext
+        from hvdspark.worker.job import Job
+
+        def work():
+            import os, pathlib, subprocess, sys, time
+            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+            part = pathlib.Path({str(pids)!r} + ".part")
+            part.write_text(f"{{os.getpid()}} {{child.pid}}")
+            part.rename({str(pids)!r})
+            time.sleep(600)
+
+        context = RankContext(0, 1, 0, 1, 0, 1, "here")
+        run_child(cloudpickle.dumps(Job(work)), context, {{}}, None, 60)
+        """)
+    )
+    task = subprocess.Popen([sys.executable, str(script)])
+    try:
+        wait_until(pids.exists)
+        descendants = [psutil.Process(int(pid)) for pid in pids.read_text().split()]
+    finally:
+        task.kill()
+        task.wait()
+    _, alive = psutil.wait_procs(descendants, timeout=5)
+    assert alive == []
+
+
+def wait_until(condition: Any, timeout_s: float = 30) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)

@@ -1,0 +1,94 @@
+"""The Store: atomic, contained, and clear when it cannot work."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hvdspark.errors import ParamError, StoreError
+from hvdspark.store import Store
+
+
+@pytest.fixture(params=["local", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return Store.create(tmp_path / "store" if request.param == "local" else f"memory://{tmp_path.name}")
+
+
+def test_what_is_published_is_read_back(store: Store) -> None:
+    store.publish_bytes(b"one", "runs", "a", "model.keras")
+    store.publish_bytes(b"two", "runs", "a", "model.keras")
+    assert store.read_bytes("runs/a/model.keras") == b"two"
+    assert store.list("runs", "a") == ["model.keras"]
+
+
+def test_a_writer_that_fails_leaves_the_file_of_before_and_nothing_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store.create(tmp_path)
+    store.publish_bytes(b"whole", "runs", "model")
+
+    def full_disk(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(StoreError, match="No space left"):
+        store.publish_bytes(b"half", "runs", "model")
+    assert store.read_bytes("runs", "model") == b"whole"
+    assert store.list("runs") == ["model"]
+
+
+@pytest.mark.parametrize("name", ["..", "a/../b", "/etc/passwd", "", "a//b", "a b", ".hidden", "a\nb"])
+def test_no_name_leads_out_of_the_store(store: Store, name: str) -> None:
+    with pytest.raises(ParamError, match="no name inside the Store"):
+        store.path(name)
+
+
+def test_an_absent_folder_is_empty_and_deleting_it_is_fine(store: Store) -> None:
+    assert store.list("nothing") == []
+    store.delete("nothing")
+    assert not store.exists("nothing")
+
+
+def test_delete_takes_a_folder_with_what_is_in_it_but_never_the_store(store: Store) -> None:
+    store.publish_bytes(b"x", "runs", "a", "b")
+    store.delete("runs")
+    assert not store.exists("runs", "a", "b")
+    with pytest.raises(ParamError, match="never deleted"):
+        store.delete()
+
+
+def test_a_missing_file_is_a_store_error_with_its_address(store: Store) -> None:
+    with pytest.raises(StoreError, match="runs/absent") as caught:
+        store.read_bytes("runs", "absent")
+    assert caught.value.url == store.url_of("runs", "absent")
+
+
+def test_an_unwritable_store_is_found_out_before_it_is_needed(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StoreError, match="not writable"):
+        Store.create(tmp_path / "file" / "store").check_writable()
+    Store.create(tmp_path / "new").check_writable()
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [("file:///data/x/", "/data/x"), ("/data/x/", "/data/x"), ("memory://data/x/", "memory://data/x")],
+)
+def test_addresses_are_spelled_one_way(url: str, expected: str) -> None:
+    assert Store.create(url).url == expected
+
+
+def test_an_unknown_scheme_names_the_closest() -> None:
+    with pytest.raises(StoreError, match="Did you mean 'memory'"):
+        Store.create("memori://data")
+
+
+def test_a_reference_opens_the_same_store_and_does_not_show_its_options(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"auto_mkdir": True}
+    store = Store.create(tmp_path, options)
+    assert Store.from_ref(store.ref()) == store
+    assert "auto_mkdir" not in repr(store.ref()) + repr(store)
