@@ -1,0 +1,182 @@
+"""Keras objects to bytes and JSON and back: models as ``.keras`` files, all else by Keras' own configurations.
+
+No pickle is involved: what comes from the Store or from a saved estimator or model is a ``.keras`` file, which Keras
+loads in safe mode, or JSON.
+"""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hvdspark.errors import ModelFormatError, ParamError
+from hvdspark.plan import ModelTensor
+
+if TYPE_CHECKING:
+    import keras
+
+SUFFIX = ".keras"
+
+
+def model_to_bytes(model: keras.Model) -> bytes:
+    """Save a model, with its weights and its compilation, as a ``.keras`` file.
+
+    Raises
+    ------
+    ModelFormatError
+        When Keras cannot save it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"model{SUFFIX}"
+        try:
+            with warnings.catch_warnings():
+                # A model that is built by its first rows has no weights yet, and that is meant.
+                warnings.filterwarnings("ignore", message="You are saving a model that has not yet been built")
+                model.save(path)
+        except (TypeError, ValueError, NotImplementedError) as exc:
+            raise ModelFormatError(
+                f"Keras cannot save the model '{model.name}': {exc}. A model class of your own needs get_config() and"
+                " @keras.saving.register_keras_serializable()."
+            ) from exc
+        return path.read_bytes()
+
+
+def model_from_bytes(
+    data: bytes, custom_objects: Mapping[str, Any] | None = None, *, safe_mode: bool = True, compiled: bool = True
+) -> keras.Model:
+    """Load what :func:`model_to_bytes` saved.
+
+    Parameters
+    ----------
+    data
+        A ``.keras`` file.
+    custom_objects
+        The user's own classes and functions, by name.
+    safe_mode
+        Whether a model that holds code (a ``Lambda`` layer) is refused.
+    compiled
+        Whether to compile it as it was.
+
+    Raises
+    ------
+    ModelFormatError
+        When it cannot be loaded.
+    """
+    import keras
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"model{SUFFIX}"
+        path.write_bytes(data)
+        try:
+            return keras.saving.load_model(
+                path, custom_objects=dict(custom_objects or {}), safe_mode=safe_mode, compile=compiled
+            )
+        except (TypeError, ValueError, OSError, KeyError, NotImplementedError) as exc:
+            raise ModelFormatError(
+                f"Keras cannot load the model: {_first_line(exc)} Give classes and functions of your own as"
+                " custom_objects={'name': object}, or register them with"
+                " @keras.saving.register_keras_serializable(). A model with Lambda layers holds code and loads only"
+                " with safe_mode=False, if you trust its source."
+            ) from exc
+
+
+def to_config(value: Any) -> Any:
+    """Turn a loss, metric, optimizer or a structure of them into JSON values.
+
+    Names stay names, Keras objects become their configurations, functions their names (see :func:`functions_in`).
+
+    Raises
+    ------
+    ParamError
+        For anything else.
+    """
+    import keras
+
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if isinstance(value, Mapping):
+        return {"dict": {name: to_config(item) for name, item in value.items()}}
+    if isinstance(value, list | tuple):
+        return {"list": [to_config(item) for item in value]}
+    if inspect.isfunction(value):
+        return {"function": value.__name__}
+    try:
+        return {"keras": keras.saving.serialize_keras_object(value)}
+    except (TypeError, ValueError, NotImplementedError) as exc:
+        raise ParamError(
+            f"{value!r} cannot be turned into a Keras configuration: {_first_line(exc)} Give a name, a Keras object"
+            " with get_config(), or a function.",
+            param=type(value).__name__,
+        ) from exc
+
+
+def from_config(config: Any, custom_objects: Mapping[str, Any] | None = None) -> Any:
+    """Make what :func:`to_config` described; raises :class:`ModelFormatError` for functions that are not given."""
+    import keras
+
+    if not isinstance(config, dict):
+        return config
+    kind, content = next(iter(config.items()))
+    if kind == "dict":
+        return {name: from_config(item, custom_objects) for name, item in content.items()}
+    if kind == "list":
+        return [from_config(item, custom_objects) for item in content]
+    if kind == "function":
+        return _function(content, custom_objects or {})
+    return keras.saving.deserialize_keras_object(content, custom_objects=dict(custom_objects or {}))
+
+
+def _function(name: str, custom_objects: Mapping[str, Any]) -> Any:
+    import keras
+
+    found = custom_objects.get(name) or keras.saving.get_custom_objects().get(name)
+    if found is None:
+        raise ModelFormatError(f"the function '{name}' is not known here; give custom_objects={{'{name}': {name}}}")
+    return found
+
+
+def functions_in(value: Any) -> dict[str, Callable[..., Any]]:
+    """Collect the functions that :func:`to_config` replaces by their names."""
+    return {item.__name__: item for item in _leaves(value) if inspect.isfunction(item)}
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def describe(model: keras.Model) -> tuple[tuple[ModelTensor, ...] | None, tuple[ModelTensor, ...] | None]:
+    """Return the model's inputs and outputs in order; ``None`` for what only its first batch will tell."""
+    return _tensors(model, "inputs"), _tensors(model, "outputs")
+
+
+def _tensors(model: keras.Model, side: str) -> tuple[ModelTensor, ...] | None:
+    try:
+        tensors = getattr(model, side)
+    except (AttributeError, ValueError):
+        return None
+    if not tensors:
+        return None
+    names = getattr(model, "output_names", None) if side == "outputs" else None
+    return tuple(
+        ModelTensor(
+            name=names[index] if names and len(names) == len(tensors) else str(tensor.name),
+            shape=tuple(tensor.shape[1:]),
+            dtype=str(tensor.dtype),
+        )
+        for index, tensor in enumerate(tensors)
+    )
+
+
+def _first_line(exc: Exception) -> str:
+    lines = str(exc).strip().splitlines()
+    return lines[0].rstrip(".") + "." if lines else type(exc).__name__

@@ -1,0 +1,278 @@
+"""``KerasEstimator``: fits a Keras model on a DataFrame with Horovod on barrier tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from hvdspark.estimators.base import HorovodEstimator, Tensors
+from hvdspark.estimators.keras import codec
+from hvdspark.estimators.keras.model import KerasModel
+from hvdspark.estimators.keras.spec import KerasSpec
+from hvdspark.estimators.params import sort_out
+from hvdspark.estimators.persistence import Persistable
+
+from hvdspark.errors import ModelFormatError, ParamError
+from hvdspark.plan import FitPlan, TrainResult
+from hvdspark.store import Store
+from hvdspark.worker.checkpoint import BestOf
+from hvdspark.worker.job import Job
+
+if TYPE_CHECKING:
+    import keras
+
+_FILE = f"model{codec.SUFFIX}"
+_COMPILING = ("optimizer", "loss", "loss_weights", "metrics")
+
+
+class KerasEstimator(HorovodEstimator, Persistable):
+    """Trains a Keras 3 model on the rows of a DataFrame, on several ranks of Spark barrier tasks.
+
+    Parameters
+    ----------
+    num_proc
+        Number of ranks; by default as many as the cluster can run at once.
+    store
+        Where data, checkpoints and the model go; the driver and all executors must reach it.
+    model
+        The Keras model. It is not changed.
+    optimizer, loss, loss_weights, metrics
+        As for ``keras.Model.compile``. Without a loss the model must be compiled, and trains as it was.
+    feature_cols
+        One entry per model input: a column, or a list of columns that are concatenated.
+    label_cols
+        One column per model output.
+    sample_weight_col
+        Column with each row's weight.
+    batch_size, val_batch_size
+        Rows per rank and step.
+    epochs
+        Passes over the training rows.
+    validation
+        Share of the rows to validate on, or the name of a 0/1 column that marks them.
+    callbacks
+        Keras callbacks. They run on every rank with the same metrics; those that write files run on rank 0 alone.
+    checkpoint_callback
+        Which epoch's model is returned: a :class:`~hvdspark.estimators.BestOf`, or a Keras ``ModelCheckpoint``, of
+        which ``monitor``, ``mode`` and ``save_best_only`` count. By default the last one.
+    custom_objects
+        Classes and functions of your own, by name, that Keras needs to load the model.
+    learning_rate
+        Replaces the optimizer's, so that a ``ParamGridBuilder`` can vary it.
+    scale_learning_rate
+        Whether the learning rate is multiplied by the number of ranks, as Horovod advises; default ``True``.
+    gradient_compression
+        ``"fp16"`` to send half-precision gradients.
+    backward_passes_per_step
+        Batches whose gradients are averaged locally before they are sent.
+    shuffle
+        Whether rows are shuffled anew in every epoch; without, all ranks together go through the rows in order.
+    random_seed
+        Seed of the split, of the order and of the ranks.
+    output_cols, output_types
+        Names and types of the columns that the model appends.
+    controller, nics, start_timeout, backend_env, use_gpu
+        How the ranks are started.
+    run_id
+        Name of the run's folder in the Store.
+    others
+        Every other keyword of ``horovod.spark.keras.KerasEstimator`` is taken with a warning where it has nothing to
+        tune here, or refused with what to do instead.
+
+    Examples
+    --------
+    >>> estimator = KerasEstimator(
+    ...     num_proc=2, store=store, model=model, optimizer="adam", loss="mse",
+    ...     feature_cols=["features"], label_cols=["label"], batch_size=256, epochs=5,
+    ... )                                                       # doctest: +SKIP
+    >>> estimator.fit(df).transform(df)                         # doctest: +SKIP
+    """
+
+    _kind = "keras"
+    _attributes: ClassVar[Mapping[str, Any]] = {
+        **HorovodEstimator._attributes,
+        "optimizer": None,
+        "loss": None,
+        "loss_weights": None,
+        "metrics": None,
+        "custom_objects": {},
+        "callbacks": (),
+        "checkpoint_callback": None,
+    }
+    _loss: Any
+    _metrics: Any
+    _callbacks: Sequence[Any]
+    _custom_objects: Mapping[str, Any]
+    _checkpoint_callback: Any
+
+    def __init__(
+        self,
+        *,
+        num_proc: int | None = None,
+        store: Store | None = None,
+        model: keras.Model | None = None,
+        optimizer: keras.optimizers.Optimizer | str | None = None,
+        loss: Any = None,
+        loss_weights: Any = None,
+        metrics: Any = None,
+        feature_cols: Sequence[str | Sequence[str]] | None = None,
+        label_cols: Sequence[str] | None = None,
+        sample_weight_col: str | None = None,
+        label_shapes: Sequence[Sequence[int]] | None = None,
+        batch_size: int | None = None,
+        val_batch_size: int | None = None,
+        epochs: int | None = None,
+        validation: float | str | None = None,
+        callbacks: Sequence[keras.callbacks.Callback] | None = None,
+        checkpoint_callback: BestOf | keras.callbacks.ModelCheckpoint | None = None,
+        custom_objects: Mapping[str, Any] | None = None,
+        learning_rate: float | None = None,
+        scale_learning_rate: bool | None = None,
+        gradient_compression: Any = None,
+        backward_passes_per_step: int | None = None,
+        train_steps_per_epoch: int | None = None,
+        validation_steps_per_epoch: int | None = None,
+        shuffle: bool | None = None,
+        random_seed: int | None = None,
+        verbose: int | None = None,
+        run_id: str | None = None,
+        output_cols: Sequence[str] | None = None,
+        output_types: Sequence[str | None] | None = None,
+        transform_batch_size: int | None = None,
+        train_reader_num_workers: int | None = None,
+        inmemory_cache_all: bool | None = None,
+        use_gpu: bool | None = None,
+        controller: str | None = None,
+        nics: Sequence[str] | None = None,
+        start_timeout: float | None = None,
+        backend_env: Mapping[str, str] | None = None,
+        **others: Any,
+    ) -> None:
+        given = {name: value for name, value in locals().items() if name not in ("self", "others", "__class__")}
+        super().__init__()
+        sort_out(others, given, type(self).__name__)
+        self._setDefault(
+            batch_size=32,
+            epochs=1,
+            scale_learning_rate=True,
+            shuffle=True,
+            random_seed=0,
+            verbose=1,
+            gradient_compression="none",
+            backward_passes_per_step=1,
+            train_reader_num_workers=2,
+            inmemory_cache_all=False,
+            use_gpu=True,
+            controller="gloo",
+            start_timeout=120.0,
+            transform_batch_size=4096,
+        )
+        self._init_attributes()
+        self._assign(given)
+
+    def _check(self) -> None:
+        model = self._required_model()
+        callbacks = list(self._callbacks or ())
+        import keras
+
+        if keras.backend.backend() != "tensorflow":
+            raise ParamError(
+                f"Keras runs on {keras.backend.backend()} here, but Horovod trains Keras on TensorFlow; set"
+                " KERAS_BACKEND=tensorflow before keras is imported",
+                param="model",
+            )
+        if self._loss is None and not getattr(model, "compiled", False):
+            raise ParamError("give loss=, or a model that is compiled", param="loss")
+        for callback in callbacks:
+            if not isinstance(callback, keras.callbacks.Callback):
+                raise ParamError(
+                    f"callbacks holds a {type(callback).__name__}, which is no keras.callbacks.Callback",
+                    param="callbacks",
+                )
+        self._best_of()
+
+    def _required_model(self) -> keras.Model:
+        import keras
+
+        model = self._required("model")
+        if not isinstance(model, keras.Model):
+            raise ParamError(
+                f"model is a {type(model).__name__}; give a keras.Model of Keras {keras.__version__}", param="model"
+            )
+        return model
+
+    def _describe(self) -> tuple[Tensors, Tensors]:
+        return codec.describe(self._required_model())
+
+    def _job(self, plan: FitPlan) -> Job:
+        spec = KerasSpec(
+            model=codec.model_to_bytes(self._required_model()),
+            compiling={name: codec.to_config(getattr(self, f"_{name}")) for name in _COMPILING},
+            custom_objects=self._all_custom_objects(),
+            callbacks=tuple(self._callbacks or ()),
+            learning_rate=self._value("learning_rate"),
+            scale_learning_rate=self._value("scale_learning_rate"),
+            compression=self._value("gradient_compression"),
+            passes_per_step=self._value("backward_passes_per_step"),
+            best_of=self._best_of(),
+            use_gpu=self._value("use_gpu"),
+        )
+        # By address: only the training processes import TensorFlow's Horovod.
+        return Job("hvdspark.estimators.keras.trainer:train", (plan, spec))
+
+    def _make_model(self, data: bytes, result: TrainResult) -> KerasModel:
+        model = KerasModel(data, result.inputs, result.outputs, result.history, self._all_custom_objects())
+        model._rows_per_s = result.rows_per_s
+        return model
+
+    def _all_custom_objects(self) -> dict[str, Any]:
+        """Collect the user's own objects, also those registered with Keras and functions given as loss or metric."""
+        import keras
+
+        functions = codec.functions_in([self._loss, self._metrics])
+        return {**keras.saving.get_custom_objects(), **functions, **dict(self._custom_objects or {})}
+
+    def _best_of(self) -> BestOf | None:
+        callback = self._checkpoint_callback
+        if callback is None or isinstance(callback, BestOf):
+            return callback
+        import keras
+
+        if not isinstance(callback, keras.callbacks.ModelCheckpoint):
+            raise ParamError(
+                f"checkpoint_callback is a {type(callback).__name__}; give hvdspark.estimators.BestOf('val_loss') or a"
+                " keras.callbacks.ModelCheckpoint",
+                param="checkpoint_callback",
+            )
+        if not callback.save_best_only:
+            return None
+        mode = "max" if callback.monitor_op(1, 0) else "min"
+        return BestOf(callback.monitor, mode)  # type: ignore[arg-type]
+
+    def _to_files(self) -> tuple[dict[str, Any], dict[str, bytes]]:
+        if self._callbacks:
+            names = ", ".join(type(callback).__name__ for callback in self._callbacks)
+            raise ModelFormatError(
+                f"callbacks ({names}) cannot be saved: they are programs, not data. Save with setCallbacks([]), and set"
+                " them again after loading."
+            )
+        best_of = self._best_of()
+        store = self._store
+        extra = {
+            "compiling": {name: codec.to_config(getattr(self, f"_{name}")) for name in _COMPILING},
+            # The address alone: storage options may hold secrets.
+            "store": store.url if isinstance(store, Store) else None,
+            "best_of": None if best_of is None else [best_of.monitor, best_of.mode],
+        }
+        files = {} if self._model is None else {_FILE: codec.model_to_bytes(self._model)}
+        return extra, files
+
+    @classmethod
+    def _from_files(cls, extra: Mapping[str, Any], files: Mapping[str, bytes]) -> Self:
+        compiling = {name: codec.from_config(value) for name, value in extra["compiling"].items()}
+        return cls(
+            **compiling,
+            store=None if extra["store"] is None else Store.create(extra["store"]),
+            checkpoint_callback=None if extra["best_of"] is None else BestOf(*extra["best_of"]),
+            model=codec.model_from_bytes(files[_FILE]) if _FILE in files else None,
+        )

@@ -1,0 +1,48 @@
+"""What travels to the ranks: the model and how to train it. Imports no framework, as the driver needs none for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hvdspark.worker.checkpoint import BestOf
+
+
+@dataclass(frozen=True)
+class KerasSpec:
+    """The model and how to train it, as they travel to the ranks through Spark's own channel.
+
+    Parameters
+    ----------
+    model
+        A ``.keras`` file.
+    compiling
+        Configurations of ``optimizer``, ``loss``, ``metrics`` and ``loss_weights`` (see
+        :func:`~hvdspark.estimators.keras.codec.to_config`); without a loss the model's own compilation stands.
+    custom_objects
+        The user's own classes and functions.
+    callbacks
+        Keras callbacks.
+    learning_rate
+        Replaces the optimizer's, where given.
+    scale_learning_rate
+        Whether to multiply it by the number of ranks.
+    compression, passes_per_step
+        See :class:`~hvdspark.estimators.keras.optimizer.GradientReducer`.
+    best_of
+        Which epoch's model is kept.
+    use_gpu
+        Whether to use the GPU of the local rank, where there is one.
+    """
+
+    model: bytes = field(repr=False)
+    compiling: Mapping[str, Any]
+    custom_objects: Mapping[str, Any]
+    callbacks: tuple[Any, ...]
+    learning_rate: float | None
+    scale_learning_rate: bool
+    compression: str
+    passes_per_step: int
+    best_of: BestOf | None
+    use_gpu: bool

@@ -1,0 +1,339 @@
+"""Trains a Keras model in one rank. This runs in the training process, never in Spark."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import horovod.tensorflow as hvd
+import keras
+import numpy as np
+import tensorflow as tf
+from hvdspark.estimators.keras import codec
+from hvdspark.estimators.keras.batches import ENDLESS, Batches, packer
+from hvdspark.estimators.keras.metrics import global_metrics
+from hvdspark.estimators.keras.optimizer import GradientReducer, LearningRateScale, StepRows
+from hvdspark.estimators.keras.spec import KerasSpec
+
+from hvdspark.plan import FitPlan, ModelTensor, ShardPlan, TrainResult
+from hvdspark.store import Store
+from hvdspark.worker.checkpoint import Checkpoints
+from hvdspark.worker.session import Session, horovod_session
+
+logger = logging.getLogger(__name__)
+
+# Steps that one call of the compiled function takes, where no callback wants to see each of them.
+STEPS_PER_CALL = 32
+
+# Callbacks that write files; on other ranks than the first they would write the same files at the same time.
+_WRITERS = ("ModelCheckpoint", "TensorBoard", "CSVLogger", "BackupAndRestore", "SwapEMAWeights", "RemoteMonitor")
+
+_BATCH_HOOKS = ("on_train_batch_begin", "on_train_batch_end", "on_batch_begin", "on_batch_end")
+
+
+def train(plan: FitPlan, spec: KerasSpec) -> TrainResult | None:
+    """Train in this rank, together with all others.
+
+    Returns
+    -------
+    TrainResult or None
+        On rank 0 the history and where the model is, on the others ``None``.
+    """
+    _choose_devices(spec.use_gpu)
+    with horovod_session(hvd) as session:
+        return _Training(plan, spec, session).run()
+
+
+def _choose_devices(use_gpu: bool) -> None:
+    """Give the rank the one GPU that is its own, or none; must come before anything else touches TensorFlow."""
+    gpus = tf.config.list_physical_devices("GPU") if use_gpu else []
+    if gpus:
+        from hvdspark.worker.session import context_from_environment
+
+        own = gpus[context_from_environment().local_rank % len(gpus)]
+        tf.config.set_visible_devices(own, "GPU")
+        tf.config.experimental.set_memory_growth(own, True)
+    else:
+        tf.config.set_visible_devices([], "GPU")
+
+
+class _Training:
+    """The state of one rank's training."""
+
+    def __init__(self, plan: FitPlan, spec: KerasSpec, session: Session) -> None:
+        self._plan = plan
+        self._spec = spec
+        self._session = session
+        self._phases: dict[str, float] = {}
+        self._store = Store.from_ref(plan.store)
+        self._checkpoints = Checkpoints(self._store, plan.run_id, codec.SUFFIX, spec.best_of)
+        self._batches = self._open(plan.train, shuffle=plan.shuffle)
+        self._val_batches = self._open(plan.val, shuffle=False) if plan.val is not None else None
+
+    def run(self) -> TrainResult | None:
+        with self._timed("prepare"):
+            self._prepare()
+        with self._timed("train"):
+            history, rows_per_s = self._epochs()
+        if not self._session.is_first:
+            return None
+        with self._timed("publish"):
+            path = self._checkpoints.publish()
+        inputs, outputs = codec.describe(self._model)
+        return TrainResult(history, path, self._phases, rows_per_s, inputs or (), outputs or self._outputs())
+
+    def _open(self, shards: ShardPlan, *, shuffle: bool) -> Batches:
+        plan = self._plan
+        return Batches(plan, shards, self._session.context.rank, shuffle=shuffle, workers=plan.reader_workers)
+
+    def _prepare(self) -> None:
+        """Make the model, the same on every rank, and the compiled functions."""
+        plan, spec = self._plan, self._spec
+        keras.utils.set_random_seed(plan.seed)
+        # The bytes come from the user's own driver through Spark's channel, Lambda layers included.
+        self._model = codec.model_from_bytes(spec.model, spec.custom_objects, safe_mode=False)
+        self._build()
+        _compile(self._model, spec)
+        optimizer = self._model.optimizer
+        if spec.learning_rate is not None:
+            optimizer.learning_rate = spec.learning_rate
+        size = self._session.context.size
+        self._rate = LearningRateScale(optimizer, size if spec.scale_learning_rate else 1)
+        variables = self._model.trainable_variables
+        if not optimizer.built:
+            optimizer.build(variables)
+        self._reducer = GradientReducer(hvd, spec.compression, spec.passes_per_step)
+        self._reducer.attach(optimizer, variables)
+        if size > 1:
+            hvd.broadcast_variables([v.value for v in (*self._model.weights, *optimizer.variables)], root_rank=0)
+        self._diverge()
+        self._pack = packer(self._model, plan.batch)
+        self._train_steps = self._compiled_training()
+        self._val_steps = self._compiled_validation()
+        if self._val_batches is not None:
+            self._val_data = self._val_batches.data(self._pack, 1)
+
+    def _diverge(self) -> None:
+        """Let ranks differ from here on where chance is wanted, as in dropout and in the user's own code."""
+        rank = self._session.context.rank
+        keras.utils.set_random_seed(self._plan.seed + rank)
+        for variable in self._model.variables:
+            # Keras keeps the state of a layer's generator as (seed, counter), a variable that is no weight.
+            if variable.path.endswith("seed_generator_state"):
+                variable.assign(np.asarray(variable) + np.array([rank, 0], dtype=variable.dtype))
+
+    def _build(self) -> None:
+        """Build a model that learns its shapes from the first rows."""
+        if self._model.built:
+            return
+        pack = packer(self._model, self._plan.batch)
+        self._model(pack(*(tf.constant(tensor) for tensor in self._batches.sample()))[0])
+
+    def _outputs(self) -> tuple[ModelTensor, ...]:
+        """Describe the outputs of a model that does not state them, by what it makes of one row."""
+        x = self._pack(*(tf.constant(tensor) for tensor in self._batches.sample()))[0]
+        flat = keras.tree.flatten(self._model(x, training=False))
+        return tuple(
+            ModelTensor(f"output_{index}", tuple(tensor.shape[1:]), str(tensor.dtype.name))
+            for index, tensor in enumerate(flat)
+        )
+
+    def _epochs(self) -> tuple[dict[str, list[float]], float]:
+        """Run all epochs; returns the history and the rows per second."""
+        plan, session = self._plan, self._session
+        callbacks = self._callbacks()
+        steps = plan.train_steps_per_epoch or plan.train.steps
+        passes = ENDLESS if plan.train_steps_per_epoch else plan.epochs
+        iterator = iter(self._batches.steps(self._pack, passes, self._spec.passes_per_step))
+        clock = _RowClock()
+        step = 0
+        self._model.stop_training = False
+        callbacks.on_train_begin()
+        for epoch in range(plan.epochs):
+            clock.start()
+            self._model.reset_metrics()
+            callbacks.on_epoch_begin(epoch)
+            rows = self._run_steps(iterator, callbacks, steps, step)
+            step += steps
+            logs = global_metrics(self._model, session, rows, "hvdspark_train_metrics")
+            clock.stop(self._rows_of_all(step - steps, steps))
+            self._average_statistics()
+            logs |= {f"val_{name}": value for name, value in self._validate(callbacks).items()}
+            callbacks.on_epoch_end(epoch, logs)
+            if session.is_first:
+                logger.info("epoch %d/%d: %s", epoch + 1, plan.epochs, _show(logs))
+                self._checkpoints.save(logs, self._serialize)
+            if session.any(bool(self._model.stop_training), "hvdspark_stop"):
+                self._model.stop_training = True
+                break
+        callbacks.on_train_end()
+        return dict(self._history.history), clock.rows_per_s
+
+    def _average_statistics(self) -> None:
+        """Average what layers keep of the rows they saw, such as batch normalization's means, over the ranks."""
+        if self._session.context.size == 1:
+            return
+        kept = [v for v in self._model.weights if not v.trainable and v.dtype.startswith("float")]
+        states = [np.asarray(variable, dtype=np.float64).reshape(-1) for variable in kept]
+        if not states:
+            return
+        sums = self._session.sum(np.concatenate(states), "hvdspark_statistics")
+        start = 0
+        for variable, state in zip(kept, states, strict=True):
+            mean = sums[start : start + len(state)] / self._session.context.size
+            variable.assign(mean.reshape(variable.shape))
+            start += len(state)
+
+    def _run_steps(self, iterator: Iterator[Any], callbacks: Any, steps: int, first: int) -> int:
+        """Take the steps of one epoch; returns the rows of this rank in them."""
+        per_call = 1 if self._watches_batches else STEPS_PER_CALL
+        for step in range(0, steps, per_call):
+            count = min(per_call, steps - step)
+            callbacks.on_train_batch_begin(step)
+            self._train_steps(iterator, tf.constant(count))
+            if self._watches_batches:
+                logs = {name: float(value) for name, value in self._model.get_metrics_result().items()}
+                callbacks.on_train_batch_end(step + count - 1, logs)
+        shards, rank = self._plan.train, self._session.context.rank
+        return sum(shards.rows_at(rank, step % shards.steps) for step in range(first, first + steps))
+
+    def _rows_of_all(self, first: int, steps: int) -> int:
+        shards = self._plan.train
+        return sum(shards.total_rows_at(step % shards.steps) for step in range(first, first + steps))
+
+    def _validate(self, callbacks: Any) -> dict[str, float]:
+        """Evaluate on the validation rows of all ranks."""
+        if self._val_batches is None:
+            return {}
+        shards = self._plan.val
+        assert shards is not None
+        limit = self._plan.validation_steps_per_epoch
+        steps = self._val_batches.own_steps if limit is None else min(limit, self._val_batches.own_steps)
+        self._model.reset_metrics()
+        callbacks.on_test_begin()
+        if steps:
+            self._val_steps(iter(self._val_data), tf.constant(steps))
+        rank = self._session.context.rank
+        rows = sum(shards.rows_at(rank, step) for step in range(steps))
+        logs = global_metrics(self._model, self._session, rows, "hvdspark_val_metrics")
+        callbacks.on_test_end(logs)
+        return logs
+
+    def _compiled_training(self) -> Any:
+        model, reducer = self._model, self._reducer
+        guarded = self._plan.train.has_idle_steps
+
+        def step(iterator: Any) -> None:
+            data, rows, total, apply = next(iterator)
+            reducer.begin(StepRows(rows, total, apply))
+            # A rank without rows computes on a filler, to take its part in the allreduce; nothing of it may stay.
+            state = [*model.non_trainable_variables, *model.metrics_variables] if guarded else []
+            before = [tf.identity(variable.value) for variable in state]
+            model.train_step(data)
+            for variable, value in zip(state, before, strict=True):
+                variable.assign(tf.where(rows > 0, variable.value, value))
+
+        if guarded:
+            self._build_metrics()
+
+        def steps(iterator: Any, count: tf.Tensor) -> None:
+            for _ in tf.range(count):
+                step(iterator)
+
+        return steps if model.run_eagerly else tf.function(steps, jit_compile=False)
+
+    def _compiled_validation(self) -> Any:
+        model = self._model
+
+        def steps(iterator: Any, count: tf.Tensor) -> None:
+            for _ in tf.range(count):
+                model.test_step(next(iterator))
+
+        return steps if model.run_eagerly else tf.function(steps, jit_compile=False)
+
+    def _build_metrics(self) -> None:
+        """Make the metrics' variables, which Keras does at the first step, before that step is traced."""
+        data = self._pack(*(tf.constant(tensor) for tensor in self._batches.sample()))
+        self._model.test_step(data)
+        self._model.reset_metrics()
+
+    def _callbacks(self) -> Any:
+        """Collect the callbacks of this rank; those that write run on rank 0 alone."""
+        chosen = list(self._spec.callbacks)
+        if not self._session.is_first:
+            chosen = [callback for callback in chosen if not is_writer(callback)]
+        self._history = keras.callbacks.History()
+        self._watches_batches = any(_watches_batches(callback) for callback in chosen)
+        plan = self._plan
+        return keras.callbacks.CallbackList(
+            # Last, as in Keras: it records what the others add to the logs.
+            [*chosen, self._history],
+            add_history=False,
+            add_progbar=False,
+            model=self._model,
+            epochs=plan.epochs,
+            steps=plan.train_steps_per_epoch or plan.train.steps,
+            verbose=0,
+        )
+
+    def _serialize(self) -> bytes:
+        with self._rate.taken_out():
+            return codec.model_to_bytes(self._model)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._phases[phase] = time.perf_counter() - start
+
+
+class _RowClock:
+    """Rows per second; the first epoch, in which functions are traced, counts only when there is no other."""
+
+    def __init__(self) -> None:
+        self._epochs: list[tuple[int, float]] = []
+        self._started = 0.0
+
+    def start(self) -> None:
+        self._started = time.perf_counter()
+
+    def stop(self, rows: int) -> None:
+        self._epochs.append((rows, time.perf_counter() - self._started))
+
+    @property
+    def rows_per_s(self) -> float:
+        counted = self._epochs[1:] or self._epochs
+        return sum(rows for rows, _ in counted) / max(sum(seconds for _, seconds in counted), 1e-9)
+
+
+def is_writer(callback: Any) -> bool:
+    """Whether a callback is, or derives from, one that writes files."""
+    return any(cls.__name__ in _WRITERS for cls in type(callback).__mro__)
+
+
+def _watches_batches(callback: Any) -> bool:
+    base = keras.callbacks.Callback
+    return any(getattr(type(callback), hook) is not getattr(base, hook) for hook in _BATCH_HOOKS)
+
+
+def _compile(model: keras.Model, spec: KerasSpec) -> None:
+    """Compile as the estimator says, else as the model was."""
+    config = {name: codec.from_config(value, spec.custom_objects) for name, value in spec.compiling.items()}
+    if config.get("loss") is None:
+        return
+    model.compile(
+        optimizer=config.get("optimizer") or model.optimizer or "rmsprop",
+        loss=config["loss"],
+        loss_weights=config.get("loss_weights"),
+        metrics=config.get("metrics"),
+        # Horovod's collectives cannot be part of an XLA program here.
+        jit_compile=False,
+        run_eagerly=model.run_eagerly,
+    )
+
+
+def _show(logs: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in logs.items())

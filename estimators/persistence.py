@@ -1,0 +1,136 @@
+"""Saving and loading estimators and models as Spark ML does: JSON metadata, with files beside it. No pickle.
+
+::
+
+    path/metadata/part-00000   class, uid, parameters, and the checksum of each file
+    path/<file>                such as model.keras
+
+The metadata comes last, so that a folder whose writing was cut off is not taken for whole.
+"""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import tempfile
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from pyspark.ml.param import Params
+from pyspark.ml.util import DefaultParamsReader, DefaultParamsWriter, MLReadable, MLReader, MLWritable, MLWriter
+from pyspark.sql import SparkSession
+
+from hvdspark.errors import ModelFormatError
+
+
+class Persistable(Params, MLWritable, MLReadable[Any], abc.ABC):
+    """Saves as JSON metadata and files; subclasses say which."""
+
+    @abc.abstractmethod
+    def _to_files(self) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """Return JSON values for the metadata, and files by name."""
+
+    @classmethod
+    @abc.abstractmethod
+    def _from_files(cls, extra: Mapping[str, Any], files: Mapping[str, bytes]) -> Self:
+        """Make an instance of what :meth:`_to_files` gave."""
+
+    def write(self) -> FilesWriter:
+        """Return a writer; ``write().overwrite().save(path)`` replaces what is there."""
+        return FilesWriter(self)
+
+    def save(self, path: str) -> None:
+        """Save to a path of any file system that Spark writes to; fails when there is something already."""
+        self.write().save(path)
+
+    @classmethod
+    def read(cls) -> FilesReader:
+        """Return a reader."""
+        return FilesReader(cls)
+
+    @classmethod
+    def load(cls, path: str) -> Self:
+        """Load what was saved.
+
+        Raises
+        ------
+        ModelFormatError
+            When a file is missing or is not the one that was saved.
+        """
+        return cls.read().load(path)  # type: ignore[no-any-return]
+
+
+class FilesWriter(MLWriter):
+    """Writes a :class:`Persistable`."""
+
+    def __init__(self, instance: Persistable) -> None:
+        super().__init__()
+        self._instance = instance
+
+    def saveImpl(self, path: str) -> None:
+        """Write the files, then the metadata that says that they are whole."""
+        extra, files = self._instance._to_files()
+        checksums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+        for name, data in files.items():
+            _write_file(self.sparkSession, f"{path}/{name}", data)
+        DefaultParamsWriter.saveMetadata(
+            self._instance, path, self.sparkSession, extraMetadata={"hvdspark": {**extra, "files": checksums}}
+        )
+
+
+class FilesReader(MLReader[Any]):
+    """Reads a :class:`Persistable`."""
+
+    def __init__(self, cls: type[Persistable]) -> None:
+        super().__init__()
+        self._cls = cls
+
+    def load(self, path: str) -> Any:
+        """Read the metadata, then the files it names, and compare their checksums."""
+        metadata = DefaultParamsReader.loadMetadata(path, self.sparkSession)
+        expected = f"{self._cls.__module__}.{self._cls.__name__}"
+        if metadata["class"] != expected:
+            raise ModelFormatError(f"{path} holds a {metadata['class']}, not a {expected}; load it with its own class")
+        extra = metadata["hvdspark"]
+        files = {}
+        for name, checksum in extra["files"].items():
+            files[name] = _read_file(self.sparkSession, f"{path}/{name}")
+            if hashlib.sha256(files[name]).hexdigest() != checksum:
+                raise ModelFormatError(f"{path}/{name} is not the file that was saved (its checksum differs)")
+        instance = self._cls._from_files(extra, files)
+        instance._resetUid(metadata["uid"])
+        DefaultParamsReader.getAndSetParams(instance, metadata)
+        return instance
+
+
+def _write_file(spark: SparkSession, path: str, data: bytes) -> None:
+    """Write through Hadoop, as Spark writes the metadata, so that every path Spark knows will do."""
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / uuid.uuid4().hex
+        local.write_bytes(data)
+        filesystem, target = _hadoop(spark, path)
+        filesystem.copyFromLocalFile(True, True, _path(spark, local.as_uri()), target)
+
+
+def _read_file(spark: SparkSession, path: str) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / uuid.uuid4().hex
+        filesystem, source = _hadoop(spark, path)
+        if not filesystem.exists(source):
+            raise ModelFormatError(f"{path} is missing, though the metadata names it")
+        # The last argument keeps Hadoop from leaving a checksum file of its own.
+        filesystem.copyToLocalFile(False, source, _path(spark, local.as_uri()), True)
+        return local.read_bytes()
+
+
+def _hadoop(spark: SparkSession, path: str) -> tuple[Any, Any]:
+    target = _path(spark, path)
+    context: Any = spark.sparkContext
+    return target.getFileSystem(context._jsc.hadoopConfiguration()), target
+
+
+def _path(spark: SparkSession, path: str) -> Any:
+    context: Any = spark.sparkContext
+    return context._jvm.org.apache.hadoop.fs.Path(path)
