@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import cloudpickle
 from hvdspark.estimators.params import EstimatorParams, ModelParams
 from pyspark.ml import Estimator, Model
+from pyspark.sql.types import StructType
 
 from hvdspark.data import schema
 from hvdspark.data.materialize import TRAIN, VAL, Split, materialize
@@ -36,7 +37,6 @@ from hvdspark.worker.job import Job
 if TYPE_CHECKING:
     from pyspark import Broadcast, SparkContext
     from pyspark.sql import DataFrame, SparkSession
-    from pyspark.sql.types import StructType
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +68,7 @@ class HorovodEstimator(Estimator, EstimatorParams, abc.ABC):  # type: ignore[typ
         """Wrap the trained model's file."""
 
     def _fit(self, dataset: DataFrame) -> HorovodModel:
-        fit = _Fit(self, dataset)
-        return fit.run()
+        return _Fit(self._converted(), dataset).run()
 
     def _batch(self, frame_schema: StructType) -> tuple[tuple[ColumnSpec, ...], BatchSpec]:
         inputs, outputs = self._describe()
@@ -153,6 +152,10 @@ class _Fit:
                 param="store",
             )
         columns, batch = estimator._batch(self._df.schema)
+        _, outputs = estimator._describe()
+        if outputs is not None:
+            # What transform would refuse is found out now, not after the training.
+            scored_schema(StructType(), planned_outputs(estimator, outputs))
         schema.split_condition(self._df.schema, estimator._value("validation"))
         num_proc = estimator._value("num_proc") or count_slots(session)
         check_slots(session, num_proc, estimator._launch_options(self._run_id, store).slots_timeout_s)
@@ -269,16 +272,7 @@ class HorovodModel(Model, ModelParams, abc.ABC):
     @property
     def output_columns(self) -> tuple[OutputColumn, ...]:
         """The columns that ``transform`` appends."""
-        names = self._value("output_cols")
-        if names is None:
-            names = [f"{label}__output" for label in self._value("label_cols") or ()]
-        kinds = self._value("output_types") or [None] * len(names)
-        if len(kinds) != len(names):
-            raise ParamError(
-                f"output_types has {len(kinds)} entries for {len(names)} output columns; give one per column",
-                param="output_types",
-            )
-        return output_columns(names, self._outputs, kinds)
+        return planned_outputs(self, self._outputs)
 
     def transformSchema(self, frame_schema: StructType) -> StructType:
         """Return the schema that :meth:`transform` gives for an input schema; raises ``SchemaError`` as it does."""
@@ -311,6 +305,26 @@ class HorovodModel(Model, ModelParams, abc.ABC):
             loader=self._loader,
             key=key,
         )
+
+
+def planned_outputs(params: ModelParams, outputs: Sequence[ModelTensor]) -> tuple[OutputColumn, ...]:
+    """Decide the columns that a model's outputs become, by the parameters of the model or of its estimator.
+
+    Raises
+    ------
+    ParamError
+        When names, types and outputs do not go together.
+    """
+    names = params._value("output_cols")
+    if names is None:
+        names = [f"{label}__output" for label in params._value("label_cols") or ()]
+    kinds = params._value("output_types") or [None] * len(names)
+    if len(kinds) != len(names):
+        raise ParamError(
+            f"output_types has {len(kinds)} entries for {len(names)} output columns; give one per column",
+            param="output_types",
+        )
+    return output_columns(names, outputs, kinds)
 
 
 def new_run_id(kind: str) -> str:

@@ -6,10 +6,12 @@ optimizer, the Store, …) is an *attribute*: the same setters and getters, but 
 
 from __future__ import annotations
 
+import copy
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from pyspark.ml.param import Param, Params, TypeConverters
 
@@ -27,7 +29,7 @@ def positive_int(name: str) -> Converter:
 
 def positive_float(name: str) -> Converter:
     """Return a converter to a number above zero."""
-    return _checked(name, TypeConverters.toFloat, lambda value: value > 0, "a number above 0")
+    return _checked(name, TypeConverters.toFloat, lambda value: 0 < value < math.inf, "a number above 0")
 
 
 def one_of(name: str, choices: Iterable[str]) -> Converter:
@@ -52,6 +54,20 @@ def boolean(name: str) -> Converter:
 def integer(name: str) -> Converter:
     """Return a converter to an integer."""
     return _checked(name, TypeConverters.toInt, lambda _: True, "an integer")
+
+
+def text(name: str) -> Converter:
+    """Return a converter to a text."""
+    return _checked(name, lambda value: value, lambda value: isinstance(value, str) and value != "", "a name")
+
+
+def to_seed(value: Any) -> int:
+    """Convert to a seed, as all generators take it."""
+    return int(
+        _checked("random_seed", TypeConverters.toInt, lambda seed: 0 <= seed < 2**32, "an integer from 0 to 2**32 - 1")(
+            value
+        )
+    )
 
 
 def column_names(name: str) -> Converter:
@@ -117,7 +133,9 @@ def to_compression(value: Any) -> str:
 
 def to_shapes(value: Any) -> list[list[int]]:
     """Convert to a list of shapes."""
-    if not isinstance(value, list | tuple) or not all(_is_list_of(shape, int) for shape in value):
+    if not isinstance(value, list | tuple) or not all(
+        _is_list_of(shape, int) and all(size > 0 for size in shape) for shape in value
+    ):
         raise ParamError(f"label_shapes={value!r}: give one shape per label, such as [[1], [10]]", param="label_shapes")
     return [list(shape) for shape in value]
 
@@ -184,13 +202,26 @@ class WithAccessors(Params):
 
     def _init_attributes(self) -> None:
         for name, default in self._attributes.items():
-            setattr(self, _slot(name), default)
+            setattr(self, _slot(name), copy.copy(default))
 
     def _assign(self, values: Mapping[str, Any]) -> None:
         """Set parameters and attributes by name; ``None`` leaves a default in place."""
         for name, value in values.items():
             if value is not None:
                 getattr(self, _accessor("set", name))(value)
+
+    def _converted(self) -> Self:
+        """Return a copy whose values went through their converters; grids and ``fit(df, {…})`` set them as they are.
+
+        Raises
+        ------
+        ParamError
+            For a value that cannot be.
+        """
+        converted = self.copy()
+        for key, value in converted._paramMap.items():
+            converted._paramMap[key] = key.typeConverter(value)
+        return converted
 
     def _value(self, name: str) -> Any:
         """Return a parameter's value, or ``None`` where it has none."""
@@ -287,10 +318,10 @@ class EstimatorParams(ModelParams):
     validation = param(
         "validation", "share of rows to validate on, or the name of a 0/1 column that marks them", to_validation
     )
-    sample_weight_col = param("sample_weight_col", "column with each row's weight", TypeConverters.toString)
+    sample_weight_col = param("sample_weight_col", "column with each row's weight", text("sample_weight_col"))
     label_shapes = param("label_shapes", "shape of each label, where the column's own does not do", to_shapes)
     shuffle = param("shuffle", "shuffle the training rows anew in every epoch", boolean("shuffle"))
-    random_seed = param("random_seed", "seed of the split, of the order and of the ranks", integer("random_seed"))
+    random_seed = param("random_seed", "seed of the split, of the order and of the ranks", to_seed)
     verbose = param("verbose", "0: silent; 1: log the phases of a fit", integer("verbose"))
     gradient_compression = param(
         "gradient_compression", "'none', or 'fp16' to send half-precision gradients", to_compression
@@ -359,12 +390,12 @@ def sort_out(keywords: Mapping[str, Any], known: Iterable[str], owner: str) -> N
         For a keyword of horovod.spark that has a replacement, and for one that nobody knows (naming the closest).
     """
     for name, value in keywords.items():
-        if value is None:
-            continue
         if name in HINTS:
-            warnings.warn(f"{owner}: {name} has no effect: {HINTS[name]}", UserWarning, stacklevel=4)
+            if value is not None:
+                warnings.warn(f"{owner}: {name} has no effect: {HINTS[name]}", UserWarning, stacklevel=3)
         elif name in REPLACED:
-            raise ParamError(f"{owner}: {name} is not supported: {REPLACED[name]}", param=name)
+            if value is not None:
+                raise ParamError(f"{owner}: {name} is not supported: {REPLACED[name]}", param=name)
         else:
             raise ParamError(
                 f"{owner} has no parameter '{name}'.{closest(name, known)}",

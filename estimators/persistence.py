@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import abc
 import hashlib
+import re
 import tempfile
 import uuid
 from collections.abc import Mapping
@@ -23,6 +24,8 @@ from pyspark.ml.util import DefaultParamsReader, DefaultParamsWriter, MLReadable
 from pyspark.sql import SparkSession
 
 from hvdspark.errors import ModelFormatError
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 class Persistable(Params, MLWritable, MLReadable[Any], abc.ABC):
@@ -71,6 +74,9 @@ class FilesWriter(MLWriter):
 
     def saveImpl(self, path: str) -> None:
         """Write the files, then the metadata that says that they are whole."""
+        filesystem, folder = _hadoop(self.sparkSession, path)
+        if filesystem.exists(folder):
+            raise ModelFormatError(f"{path} exists already; write().overwrite().save(path) replaces it")
         extra, files = self._instance._to_files()
         checksums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
         for name, data in files.items():
@@ -93,16 +99,24 @@ class FilesReader(MLReader[Any]):
         expected = f"{self._cls.__module__}.{self._cls.__name__}"
         if metadata["class"] != expected:
             raise ModelFormatError(f"{path} holds a {metadata['class']}, not a {expected}; load it with its own class")
-        extra = metadata["hvdspark"]
-        files = {}
-        for name, checksum in extra["files"].items():
-            files[name] = _read_file(self.sparkSession, f"{path}/{name}")
-            if hashlib.sha256(files[name]).hexdigest() != checksum:
-                raise ModelFormatError(f"{path}/{name} is not the file that was saved (its checksum differs)")
-        instance = self._cls._from_files(extra, files)
+        try:
+            extra = metadata["hvdspark"]
+            files = {name: self._file(path, name, checksum) for name, checksum in extra["files"].items()}
+            instance = self._cls._from_files(extra, files)
+        except (KeyError, TypeError, AttributeError) as exc:
+            raise ModelFormatError(f"the metadata of {path} lacks what a {expected} needs: {exc!r}") from exc
         instance._resetUid(metadata["uid"])
         DefaultParamsReader.getAndSetParams(instance, metadata)
         return instance
+
+    def _file(self, path: str, name: str, checksum: str) -> bytes:
+        """Read a file that the metadata names and make sure that it is the one that was saved."""
+        if not _FILE_NAME.fullmatch(name):
+            raise ModelFormatError(f"the metadata of {path} names the file '{name}', which is no name in that folder")
+        data = _read_file(self.sparkSession, f"{path}/{name}")
+        if hashlib.sha256(data).hexdigest() != checksum:
+            raise ModelFormatError(f"{path}/{name} is not the file that was saved (its checksum differs)")
+        return data
 
 
 def _write_file(spark: SparkSession, path: str, data: bytes) -> None:

@@ -48,11 +48,14 @@ class TensorSpec:
         Shape of one row's tensor, without the batch axis; ``None`` means flat, as wide as the columns.
     dtype
         NumPy dtype that the model wants; ``None`` keeps the columns' own.
+    preferred_shape
+        Where the shape is not known yet: the one to give it should the columns turn out to be as wide.
     """
 
     columns: tuple[str, ...]
     shape: tuple[int, ...] | None = None
     dtype: str | None = None
+    preferred_shape: tuple[int, ...] | None = None
 
     @property
     def size(self) -> int | None:

@@ -124,10 +124,8 @@ def _output_column(name: str, tensor: ModelTensor, wanted: str | None) -> Output
         kind = "scalar"
     else:
         kind = "vector" if len(tensor.shape) == 1 and is_float else "array"
-    if not is_float:
-        dtype = tensor.dtype
-    else:
-        dtype = "float64" if kind in ("scalar", "vector") or tensor.dtype == "float64" else "float32"
+    doubles = kind == "vector" or (is_float and (kind == "scalar" or tensor.dtype == "float64"))
+    dtype = "float64" if doubles else "float32" if is_float else tensor.dtype
     return OutputColumn(name, kind, tensor.shape, dtype)
 
 
@@ -142,8 +140,10 @@ def scored_schema(schema: T.StructType, outputs: Sequence[OutputColumn]) -> T.St
     from pyspark.sql import types as T
 
     fields = list(schema.fields)
+    # Spark does not tell names apart by case, unless it is asked to.
+    taken = {name.lower() for name in schema.names}
     for output in outputs:
-        if output.name in schema.names:
+        if output.name.lower() in taken:
             raise SchemaError(
                 f"the output column '{output.name}' exists already; choose another name with setOutputCols([…]), or"
                 " drop the column first",
@@ -151,6 +151,7 @@ def scored_schema(schema: T.StructType, outputs: Sequence[OutputColumn]) -> T.St
                 expected="a new column",
                 found="a column of that name",
             )
+        taken.add(output.name.lower())
         fields.append(T.StructField(output.name, _spark_type(output), nullable=False))
     return T.StructType(fields)
 
@@ -200,18 +201,22 @@ def score(df: DataFrame, plan: ScorePlan, payload: Broadcast[bytes]) -> DataFram
         Lazy: nothing runs until somebody asks for rows.
     """
     schema = scored_schema(df.schema, plan.outputs)
-    return df.mapInArrow(_task_of(plan, payload), schema)
+    # By position: PySpark takes a name with dots for an access to a field.
+    rows = df.toDF(*[f"c{place}" for place in range(len(df.columns))])
+    return rows.mapInArrow(_task_of(plan, payload, df.columns), schema)
 
 
 def _task_of(
-    plan: ScorePlan, payload: Broadcast[bytes]
+    plan: ScorePlan, payload: Broadcast[bytes], names: Sequence[str]
 ) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
-    """Make the function that Spark calls with a partition's batches."""
+    """Make the function that Spark calls with a partition's batches, whose columns come in the order of the names."""
 
     def task(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
             if batch.num_rows:
-                yield score_batch(batch, plan, _scorer(plan, payload))
+                scored = score_batch(batch.rename_columns(list(names)), plan, _scorer(plan, payload))
+                # Spark goes by position, but cannot take two columns of one name out of a batch.
+                yield scored.rename_columns([f"c{place}" for place in range(scored.num_columns)])
 
     return task
 

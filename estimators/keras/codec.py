@@ -78,8 +78,8 @@ def model_from_bytes(
         except (TypeError, ValueError, OSError, KeyError, NotImplementedError) as exc:
             raise ModelFormatError(
                 f"Keras cannot load the model: {_first_line(exc)} Give classes and functions of your own as"
-                " custom_objects={'name': object}, or register them with"
-                " @keras.saving.register_keras_serializable(). A model with Lambda layers holds code and loads only"
+                " custom_objects={'name': object}, register them with @keras.saving.register_keras_serializable(), or"
+                " load within keras.saving.custom_object_scope(). A model with Lambda layers holds code and loads only"
                 " with safe_mode=False, if you trust its source."
             ) from exc
 
@@ -102,10 +102,12 @@ def to_config(value: Any) -> Any:
         return {"dict": {name: to_config(item) for name, item in value.items()}}
     if isinstance(value, list | tuple):
         return {"list": [to_config(item) for item in value]}
-    if inspect.isfunction(value):
-        return {"function": value.__name__}
+    if _is_own_function(value):
+        return {"function": keras.saving.get_registered_name(value)}
     try:
-        return {"keras": keras.saving.serialize_keras_object(value)}
+        config = {"keras": keras.saving.serialize_keras_object(value)}
+        settings = _lost_settings(value)
+        return {"settings": {**config, "values": settings}} if settings else config
     except (TypeError, ValueError, NotImplementedError) as exc:
         raise ParamError(
             f"{value!r} cannot be turned into a Keras configuration: {_first_line(exc)} Give a name, a Keras object"
@@ -127,21 +129,58 @@ def from_config(config: Any, custom_objects: Mapping[str, Any] | None = None) ->
         return [from_config(item, custom_objects) for item in content]
     if kind == "function":
         return _function(content, custom_objects or {})
+    if kind == "settings":
+        found = from_config({"keras": content["keras"]}, custom_objects)
+        found._fn_kwargs.update(content["values"])
+        return found
     return keras.saving.deserialize_keras_object(content, custom_objects=dict(custom_objects or {}))
 
 
 def _function(name: str, custom_objects: Mapping[str, Any]) -> Any:
     import keras
 
-    found = custom_objects.get(name) or keras.saving.get_custom_objects().get(name)
+    found = keras.saving.get_registered_object(name, custom_objects=dict(custom_objects))
     if found is None:
-        raise ModelFormatError(f"the function '{name}' is not known here; give custom_objects={{'{name}': {name}}}")
+        raise ModelFormatError(
+            f"the function '{name}' is not known here: register it with @keras.saving.register_keras_serializable()"
+            f" before loading, or load within keras.saving.custom_object_scope({{'{name}': {name}}})"
+        )
     return found
 
 
+def _is_own_function(value: Any) -> bool:
+    """Whether a value is a function of the user's; Keras knows its own by name."""
+    return inspect.isfunction(value) and not value.__module__.startswith("keras.")
+
+
+def _lost_settings(value: Any) -> dict[str, Any]:
+    """Return settings of a loss or metric that its own configuration leaves out, as that of Huber does its delta."""
+    settings = getattr(value, "_fn_kwargs", None)
+    kept = value.get_config() if settings else {}
+    return {name: item for name, item in (settings or {}).items() if name not in kept}
+
+
 def functions_in(value: Any) -> dict[str, Callable[..., Any]]:
-    """Collect the functions that :func:`to_config` replaces by their names."""
-    return {item.__name__: item for item in _leaves(value) if inspect.isfunction(item)}
+    """Collect the functions that :func:`to_config` replaces by their names.
+
+    Raises
+    ------
+    ParamError
+        When two different ones have the same name.
+    """
+    import keras
+
+    found: dict[str, Callable[..., Any]] = {}
+    for item in _leaves(value):
+        if _is_own_function(item):
+            name = keras.saving.get_registered_name(item)
+            if found.setdefault(name, item) is not item:
+                raise ParamError(
+                    f"two different functions are called '{name}'; Keras tells functions apart by their names: define"
+                    " them with def under names of their own",
+                    param="loss",
+                )
+    return found
 
 
 def _leaves(value: Any) -> Iterator[Any]:

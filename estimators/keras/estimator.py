@@ -189,7 +189,13 @@ class KerasEstimator(HorovodEstimator, Persistable):
                     f"callbacks holds a {type(callback).__name__}, which is no keras.callbacks.Callback",
                     param="callbacks",
                 )
-        self._best_of()
+        best_of = self._best_of()
+        if best_of is not None and best_of.monitor.startswith("val_") and self._value("validation") is None:
+            raise ParamError(
+                f"checkpoint_callback monitors '{best_of.monitor}', but there is no validation; give validation=0.1, or"
+                " monitor a training metric such as 'loss'",
+                param="checkpoint_callback",
+            )
 
     def _required_model(self) -> keras.Model:
         import keras
@@ -246,8 +252,7 @@ class KerasEstimator(HorovodEstimator, Persistable):
             )
         if not callback.save_best_only:
             return None
-        mode = "max" if callback.monitor_op(1, 0) else "min"
-        return BestOf(callback.monitor, mode)  # type: ignore[arg-type]
+        return BestOf(callback.monitor, callback.mode)
 
     def _to_files(self) -> tuple[dict[str, Any], dict[str, bytes]]:
         if self._callbacks:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -130,19 +131,26 @@ def pack(block: Block) -> pa.Array:
     header = npy_header(block.shape[1], block.dtype.name)
     cells = np.empty((len(block), len(header) + block.shape[1] * block.itemsize), dtype=np.uint8)
     cells[:, : len(header)] = np.frombuffer(header, dtype=np.uint8)
-    cells[:, len(header) :] = np.ascontiguousarray(block).view(np.uint8).reshape(len(block), -1)
+    cells[:, len(header) :] = (
+        np.ascontiguousarray(block).view(np.uint8).reshape(len(block), cells.shape[1] - len(header))
+    )
     buffer = pa.py_buffer(cells)
     return pa.Array.from_buffers(pa.binary(cells.shape[1]), len(block), [None, buffer])
 
 
 def unpack(column: pa.Array, spec: ColumnSpec) -> Block:
-    """Turn what :func:`pack` made back into a block."""
+    """Turn what :func:`pack` made back into a block; raises ``ValueError`` when it is anything else."""
     assert spec.size is not None
-    width = column.type.byte_width
+    header = npy_header(spec.size, spec.dtype)
+    width = len(header) + spec.size * np.dtype(spec.dtype).itemsize
+    if column.type != pa.binary(width):
+        raise ValueError(f"column '{spec.name}' is stored as {column.type}, not as {spec.size} {spec.dtype} values")
     start = column.offset * width
-    cells = np.frombuffer(column.buffers()[1], dtype=np.uint8, count=len(column) * width, offset=start)
-    skip = len(npy_header(spec.size, spec.dtype))
-    values = np.ascontiguousarray(cells.reshape(len(column), width)[:, skip:])
+    flat = np.frombuffer(column.buffers()[1], dtype=np.uint8, count=len(column) * width, offset=start)
+    cells = flat.reshape(len(column), width)
+    if not (cells[:, : len(header)] == np.frombuffer(header, dtype=np.uint8)).all():
+        raise ValueError(f"column '{spec.name}' has cells that are not {spec.size} {spec.dtype} values")
+    values = np.ascontiguousarray(cells[:, len(header) :])
     return values.view(spec.dtype).reshape(len(column), spec.size)
 
 
@@ -167,7 +175,16 @@ def fill_tensor(blocks: Mapping[str, Block], tensor: TensorSpec) -> Block:
     if tensor.dtype is not None:
         parts = [part.astype(tensor.dtype, copy=False) for part in parts]
     joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
-    return joined if tensor.shape is None else joined.reshape(len(joined), *tensor.shape)
+    if tensor.shape is None:
+        return joined
+    if joined.shape[1] != tensor.size:
+        raise RaggedArrayError(
+            f"column '{', '.join(tensor.columns)}' holds {joined.shape[1]} values per row, but the model takes"
+            f" {tensor.size} (shape {tensor.shape})",
+            column=tensor.columns[0],
+            lengths=(tensor.size or 0, joined.shape[1]),
+        )
+    return joined.reshape(len(joined), *tensor.shape)
 
 
 def from_array(values: Block, kind: str) -> pa.Array:
@@ -185,7 +202,9 @@ def from_array(values: Block, kind: str) -> pa.Array:
     if kind == "scalar":
         return pa.array(values.reshape(rows))
     if kind == "vector":
-        return _to_vectors(values.reshape(rows, -1).astype(np.float64))
+        return _to_vectors(values.reshape(rows, math.prod(values.shape[1:])).astype(np.float64))
+    if values.ndim == 1:
+        values = values.reshape(rows, 1)
     column = pa.array(values.reshape(-1))
     for axis in range(values.ndim - 1, 0, -1):
         length = values.shape[axis]

@@ -11,6 +11,7 @@ opens them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -123,18 +124,20 @@ def materialize(df: DataFrame, columns: Sequence[ColumnSpec], split: Split, stor
     extra = [split.column] if split.column is not None and split.column not in names else []
     try:
         writer = _PartitionWriter(tuple(columns), split, store.ref(), dataset)
-        rows = df.select(*[_quote(name) for name in (*names, *extra)])
-        reports = [
-            PartitionReport.from_json(row["report"])
-            for row in rows.mapInArrow(_task_of(writer), "report string").collect()
-        ]
+        wanted = [*names, *extra]
+        # By position: PySpark takes a name with dots for an access to a field, in some places even when it is quoted.
+        rows = df.select(*[_quote(name) for name in wanted]).toDF(*[f"c{place}" for place in range(len(wanted))])
+        task = _task_of(writer, wanted)
+        reports = [PartitionReport.from_json(row["report"]) for row in rows.mapInArrow(task, "report string").collect()]
         manifest = _merge(columns, reports, split)
         for name, groups in manifest.splits.items():
             if groups:
                 _write_petastorm_metadata(store, posixpath.join(dataset, name), manifest.columns, groups)
         store.publish_bytes(manifest.to_json().encode(), dataset, MANIFEST)
     except BaseException:
-        store.delete(dataset)
+        # What went wrong must not be hidden by what its cleaning up meets.
+        with contextlib.suppress(OSError):
+            store.delete(dataset)
         raise
     return dataset, manifest
 
@@ -152,7 +155,13 @@ def load_manifest(store: Store, dataset: str) -> Manifest:
             f"{store.url_of(dataset)} has no {MANIFEST}: it was not written to its end, or this machine does not see"
             " the same Store as the one that wrote it"
         )
-    return Manifest.from_json(store.read_bytes(dataset, MANIFEST).decode())
+    try:
+        return Manifest.from_json(store.read_bytes(dataset, MANIFEST).decode())
+    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise CorruptDatasetError(
+            f"{store.url_of(dataset, MANIFEST)} is not a manifest that this version reads: {exc!r}; run fit() again to"
+            " write the dataset anew"
+        ) from exc
 
 
 def _quote(name: str) -> str:
@@ -160,11 +169,13 @@ def _quote(name: str) -> str:
     return f"`{name.replace('`', '``')}`"
 
 
-def _task_of(writer: _PartitionWriter) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
-    """Make the function that Spark calls with a partition's batches."""
+def _task_of(
+    writer: _PartitionWriter, names: Sequence[str]
+) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    """Make the function that Spark calls with a partition's batches, whose columns come in the order of the names."""
 
     def write(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        report = writer.write(batches)
+        report = writer.write(batch.rename_columns(list(names)) for batch in batches)
         yield pa.RecordBatch.from_pydict({"report": [report.to_json()]})
 
     return write
@@ -192,9 +203,9 @@ class _PartitionWriter:
         try:
             for batch in batches:
                 blocks = self._blocks(batch, report)
+                held_out = self._held_out(batch, random, report)
                 if blocks is None:
                     continue
-                held_out = self._held_out(batch, random, report)
                 for name, mask in ((TRAIN, ~held_out), (VAL, held_out)):
                     if mask.any():
                         chosen = blocks if mask.all() else {key: block[mask] for key, block in blocks.items()}
@@ -222,7 +233,8 @@ class _PartitionWriter:
                 continue
             if batch.num_rows:
                 report.sizes[spec.name] = blocks[spec.name].shape[1]
-        unusable = report.nulls or report.ragged
+        # Empty arrays are refused once the sizes of all partitions are known.
+        unusable = report.nulls or report.ragged or 0 in report.sizes.values()
         return None if unusable or not batch.num_rows else blocks
 
     def _held_out(self, batch: pa.RecordBatch, random: np.random.Generator, report: PartitionReport) -> Block:
@@ -233,7 +245,8 @@ class _PartitionWriter:
         nulls = count_nulls(column, ColumnSpec(self.split.column, "scalar", "bool"))
         if nulls:
             report.nulls[self.split.column] = report.nulls.get(self.split.column, 0) + nulls
-        return np.asarray(column.fill_null(0).to_numpy(zero_copy_only=False) != 0)
+        nothing = False if pa.types.is_boolean(column.type) else 0
+        return np.asarray(column.fill_null(nothing).to_numpy(zero_copy_only=False) != 0)
 
 
 class _SplitFile:
@@ -292,7 +305,9 @@ class _SplitFile:
             filesystem.makedirs(posixpath.dirname(self._path), exist_ok=True)
             self._stream = filesystem.open(self._path, "wb")
             # Measured features hardly repeat: a dictionary costs a third of the writing time and saves nothing.
-            self._writer = pq.ParquetWriter(self._stream, schema, compression="snappy", use_dictionary=False)
+            self._writer = pq.ParquetWriter(
+                self._stream, schema, compression="snappy", use_dictionary=False, write_page_checksum=True
+            )
         return self._writer
 
 

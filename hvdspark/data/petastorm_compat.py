@@ -124,7 +124,7 @@ def install() -> None:
     Changed outside petastorm: ``np.unicode_``, ``np.string_``; the modules ``pyarrow.filesystem`` and
     ``pyarrow.hdfs``, with ``pa.filesystem``, ``pa.hdfs``, ``pa.LocalFileSystem``, ``pa.localfs`` and
     ``pa.lib.ArrowIOError``. Changed in petastorm: ``pq`` in the modules named above, and
-    ``ThreadPool.all_workers_done``.
+    ``ThreadPool.current_worker_done``.
     """
     _restore_numpy_names()
     _restore_pyarrow_names()
@@ -159,24 +159,25 @@ def _restore_pyarrow_names() -> None:
 
 
 def _repair_thread_pool() -> None:
-    """Keep ``ThreadPool`` from ending before everything was ventilated.
+    """Keep ``ThreadPool`` from losing rows and from mixing up their order.
 
-    ``get_results`` finds the queues empty, is interrupted, and only then asks whether the ventilator is done: what
-    was ventilated in between is never read, and a finite pass silently lacks rows. Asking the ventilator first closes
-    the gap, because nothing is ventilated after it is done.
+    ``get_results`` takes a worker for done when it has worked off what it was given so far. But more may come: with all
+    workers done for the moment, and the ventilator finished a moment later, what was ventilated in between is never
+    read, and a finite pass silently lacks rows. And a worker that is passed by delivers its item after later ones. A
+    worker is done only when nothing more will be ventilated, which must be asked first.
     """
     from petastorm.workers_pool.thread_pool import ThreadPool
 
-    if getattr(ThreadPool.all_workers_done, "repaired", False):
+    if getattr(ThreadPool.current_worker_done, "repaired", False):
         return
-    queues_are_empty = ThreadPool.all_workers_done
+    idle = ThreadPool.current_worker_done
 
-    def all_workers_done(self: Any) -> bool:
+    def current_worker_done(self: Any, worker_id: int) -> bool:
         ventilated = self._ventilator is None or self._ventilator.completed()
-        return bool(ventilated and queues_are_empty(self))
+        return bool(ventilated and idle(self, worker_id))
 
-    all_workers_done.repaired = True  # type: ignore[attr-defined]
-    ThreadPool.all_workers_done = all_workers_done
+    current_worker_done.repaired = True  # type: ignore[attr-defined]
+    ThreadPool.current_worker_done = current_worker_done
 
 
 install()

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hvdspark.data.arrays import Block, unpack
@@ -124,9 +125,10 @@ def read_group(store: Store, dataset: str, columns: Sequence[ColumnSpec], read: 
     path = store.path(dataset, group.path)
     try:
         source = path if store.is_local else store.filesystem.open(path, "rb")
-        with pq.ParquetFile(source, memory_map=store.is_local) as parquet:
+        with pq.ParquetFile(source, memory_map=store.is_local, page_checksum_verification=True) as parquet:
             table = parquet.read_row_group(group.index, [spec.name for spec in columns], use_threads=False)
-    except (OSError, ValueError, IndexError) as exc:
+            blocks = {spec.name: _decode(table.column(spec.name), spec) for spec in columns}
+    except (OSError, ValueError, IndexError, KeyError) as exc:
         raise CorruptDatasetError(
             f"row group {group.index} of {store.url_of(dataset, group.path)} cannot be read: {exc}. The dataset was"
             " changed after it was written; run fit() again to write it anew."
@@ -136,20 +138,20 @@ def read_group(store: Store, dataset: str, columns: Sequence[ColumnSpec], read: 
             f"row group {group.index} of {store.url_of(dataset, group.path)} has {table.num_rows} rows, but the"
             f" manifest says {group.rows}; run fit() again to write the dataset anew"
         )
-    return {spec.name: _take(table.column(spec.name), spec, read) for spec in columns}
+    if read.rows == group.rows:
+        return blocks
+    return {name: np.concatenate([block[start:stop] for start, stop in read.pieces]) for name, block in blocks.items()}
 
 
-def _take(column: Any, spec: ColumnSpec, read: GroupRead) -> Block:
-    """Decode a column of the row group and keep the rows that are wanted."""
+def _decode(column: pa.ChunkedArray, spec: ColumnSpec) -> Block:
+    """Turn a column of a row group into a block; raises ``ValueError`` when it is not what the manifest says."""
     chunk = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-    if spec.size == 1:
-        values = np.asarray(chunk.to_numpy(zero_copy_only=spec.dtype != "bool"))
-        block = values.reshape(-1, 1)
-    else:
-        block = unpack(chunk, spec)
-    if read.rows == len(block):
-        return block
-    return np.concatenate([block[start:stop] for start, stop in read.pieces])
+    if spec.size != 1:
+        return unpack(chunk, spec)
+    values = np.asarray(chunk.to_numpy(zero_copy_only=spec.dtype != "bool"))
+    if values.dtype != spec.dtype:
+        raise ValueError(f"column '{spec.name}' is stored as {values.dtype}, not as {spec.dtype}")
+    return values.reshape(-1, 1)
 
 
 class BlockSource:

@@ -6,6 +6,7 @@ Everything here looks at the DataFrame's schema alone, so that bad input fails b
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -88,7 +89,8 @@ def check_columns(
     features = _tensors("feature_cols", groups, specs, inputs)
     labels = _labels(label_cols, specs, outputs, label_shapes)
     if sample_weight_col is not None:
-        specs[sample_weight_col] = weight_spec(schema, sample_weight_col)
+        # A column that the model is fed as well is stored as the model needs it.
+        specs.setdefault(sample_weight_col, weight_spec(schema, sample_weight_col))
     batch = BatchSpec(features, labels, sample_weight_col)
     return tuple(_narrow(specs[name], (*features, *labels)) for name in batch.columns), batch
 
@@ -141,6 +143,13 @@ def find_field(schema: T.StructType, name: str) -> T.StructField:
             expected="a column of that name",
             found=", ".join(schema.names),
         )
+    if schema.names.count(name) > 1:
+        raise SchemaError(
+            f"there are {schema.names.count(name)} columns named '{name}'; rename or drop all but one",
+            column=name,
+            expected="one column of that name",
+            found=f"{schema.names.count(name)} columns",
+        )
     return schema[name]
 
 
@@ -158,7 +167,9 @@ def _vector_size(field: T.StructField) -> int | None:
 
 def _remedy(data_type: T.DataType) -> str:
     if isinstance(data_type, T.ArrayType):
-        return "flatten it into array<number>, for instance with flatten()"
+        if isinstance(data_type.elementType, T.ArrayType):
+            return "flatten it into array<number>, for instance with flatten()"
+        return "turn its elements into numbers first, for instance with transform() or a cast to array<double>"
     return _REMEDIES.get(type(data_type), "select or compute columns of an accepted type")
 
 
@@ -182,6 +193,14 @@ def _tensors(
 
 def _tensor(group: tuple[str, ...], specs: dict[str, ColumnSpec], wanted: ModelTensor) -> TensorSpec:
     """Fit a group of columns into one model input."""
+    if not wanted.dtype.startswith(("float", "bfloat", "int", "uint", "bool")):
+        raise SchemaError(
+            f"the model's input '{wanted.name}' takes {wanted.dtype}, but columns are fed as numbers: turn them into"
+            " numbers in the DataFrame, and give the model a numeric input",
+            column=group[0],
+            expected=wanted.dtype,
+            found=specs[group[0]].dtype,
+        )
     sizes = [specs[name].size for name in group]
     known = [size for size in sizes if size is not None]
     size = wanted.size
@@ -232,7 +251,10 @@ def _labels(
         shape = _label_shape(specs[name], output, shapes[index] if shapes is not None else None)
         # Integer labels stay integers: sparse losses take them as class numbers.
         wide = specs[name].dtype == "float64" and dtype == "float32"
-        labels.append(TensorSpec((name,), shape=shape, dtype="float32" if wide else None))
+        preferred = None
+        if shape is None and output is not None and output.size is not None:
+            preferred = tuple(axis or 0 for axis in output.shape)
+        labels.append(TensorSpec((name,), shape, "float32" if wide else None, preferred))
     return tuple(labels)
 
 
@@ -288,7 +310,11 @@ def resolve(batch: BatchSpec, columns: Sequence[ColumnSpec]) -> BatchSpec:
                 expected=f"{tensor.size} values",
                 found=f"{size} values",
             )
-        return tensor if tensor.shape is not None else dataclasses.replace(tensor, shape=(size,))
+        if tensor.shape is not None:
+            return tensor
+        preferred = tensor.preferred_shape
+        fits = preferred is not None and math.prod(preferred) == size
+        return dataclasses.replace(tensor, shape=preferred if fits else (size,))
 
     return dataclasses.replace(
         batch,

@@ -31,7 +31,8 @@ class BestOf:
     monitor
         Name in the history, such as ``"val_loss"``.
     mode
-        Whether less or more is better; ``"auto"`` takes accuracies, AUC and the like as rising.
+        Whether less or more is better; ``"auto"`` takes accuracies, AUC and the like as rising, losses and errors and
+        all else as falling.
     """
 
     monitor: str = "val_loss"
@@ -40,8 +41,10 @@ class BestOf:
     @property
     def rising(self) -> bool:
         """Whether more is better."""
-        name = self.monitor.removeprefix("val_")
-        return self.mode == "max" or (self.mode == "auto" and any(part in name for part in _RISING))
+        if self.mode != "auto":
+            return self.mode == "max"
+        falls = self.monitor.endswith(("loss", "error"))
+        return not falls and any(part in self.monitor for part in _RISING)
 
 
 class Checkpoints:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import keras
 import numpy as np
 import pytest
+from hvdspark.estimators import KerasEstimator
 from pyspark.sql import SparkSession
 
 import hvdspark
 from hvdspark import Store
 from hvdspark.errors import WorkerFailedError
-from hvdspark.estimators import KerasEstimator
 
 MASTER = "local-cluster[3,1,1024]"
 

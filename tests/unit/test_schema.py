@@ -1,0 +1,357 @@
+"""What a DataFrame's schema must be, found out without a job: pure functions of the schema."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pyspark.ml.linalg import VectorUDT
+from pyspark.mllib.linalg import VectorUDT as OldVectorUDT
+from pyspark.sql import types as T
+
+from hvdspark.data.schema import check_columns, column_spec, resolve, split_condition
+from hvdspark.errors import ParamError, SchemaError
+from hvdspark.plan import ColumnSpec, ModelTensor, TensorSpec
+
+SCHEMA = (
+    T.StructType()
+    .add("flag", T.BooleanType())
+    .add("i8", T.ByteType())
+    .add("i16", T.ShortType())
+    .add("i32", T.IntegerType())
+    .add("i64", T.LongType())
+    .add("f32", T.FloatType())
+    .add("f64", T.DoubleType())
+    .add("floats", T.ArrayType(T.FloatType()))
+    .add("doubles", T.ArrayType(T.DoubleType()))
+    .add("ints", T.ArrayType(T.LongType()))
+    .add("vector", VectorUDT())
+    .add("known", VectorUDT(), metadata={"ml_attr": {"num_attrs": 4}})
+    .add("text", T.StringType())
+    .add("other.name", T.DoubleType())
+)
+
+
+def tensor(*shape: int | None, dtype: str = "float32", name: str = "x") -> ModelTensor:
+    return ModelTensor(name, shape, dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("flag", ColumnSpec("flag", "scalar", "bool")),
+        ("i8", ColumnSpec("i8", "scalar", "int8")),
+        ("i16", ColumnSpec("i16", "scalar", "int16")),
+        ("i32", ColumnSpec("i32", "scalar", "int32")),
+        ("i64", ColumnSpec("i64", "scalar", "int64")),
+        ("f32", ColumnSpec("f32", "scalar", "float32")),
+        ("f64", ColumnSpec("f64", "scalar", "float64")),
+        ("floats", ColumnSpec("floats", "array", "float32", None)),
+        ("doubles", ColumnSpec("doubles", "array", "float64", None)),
+        ("ints", ColumnSpec("ints", "array", "int64", None)),
+        ("vector", ColumnSpec("vector", "vector", "float64", None)),
+        ("known", ColumnSpec("known", "vector", "float64", 4)),
+        ("other.name", ColumnSpec("other.name", "scalar", "float64")),
+    ],
+)
+def test_every_accepted_type_is_described(name: str, expected: ColumnSpec) -> None:
+    assert column_spec(SCHEMA, name) == expected
+
+
+def test_the_vectors_of_the_old_mllib_are_vectors_too() -> None:
+    schema = T.StructType().add("v", OldVectorUDT())
+    assert column_spec(schema, "v") == ColumnSpec("v", "vector", "float64", None)
+
+
+@pytest.mark.parametrize(
+    "metadata", [{}, {"ml_attr": {}}, {"ml_attr": {"attrs": {"numeric": []}}}, {"note": "mine"}], ids=str
+)
+def test_metadata_without_a_size_leaves_the_size_to_the_rows(metadata: dict[str, Any]) -> None:
+    schema = T.StructType().add("v", VectorUDT(), metadata=metadata)
+    assert column_spec(schema, "v").size is None
+
+
+@pytest.mark.parametrize(
+    ("data_type", "remedy"),
+    [
+        (T.StringType(), "StringIndexer"),
+        (T.DecimalType(10, 2), "cast it to double"),
+        (T.DateType(), "dayofyear"),
+        (T.TimestampType(), "unix_timestamp"),
+        (T.BinaryType(), "array<float>"),
+        (T.MapType(T.StringType(), T.DoubleType()), "select the entries"),
+        (T.StructType().add("x", T.DoubleType()), "select the fields"),
+        (T.ArrayType(T.ArrayType(T.FloatType())), "flatten"),
+        (T.TimestampNTZType(), "Remedy: "),
+        (T.DayTimeIntervalType(), "Remedy: "),
+        (T.VariantType(), "Remedy: "),
+        (T.NullType(), "Remedy: "),
+    ],
+    ids=lambda value: value.simpleString() if isinstance(value, T.DataType) else "",
+)
+def test_every_other_type_is_refused_with_a_remedy(data_type: T.DataType, remedy: str) -> None:
+    with pytest.raises(SchemaError, match=rf"column 'c' has type .*{remedy}") as caught:
+        column_spec(T.StructType().add("c", data_type), "c")
+    assert (caught.value.column, caught.value.found) == ("c", data_type.simpleString())
+    assert "Spark ML vector" in caught.value.expected
+
+
+@pytest.mark.parametrize("element", [T.StringType(), T.DecimalType(10, 2)], ids=lambda value: value.simpleString())
+def test_arrays_of_no_numbers_are_not_told_to_flatten(element: T.DataType) -> None:
+    with pytest.raises(SchemaError) as caught:
+        column_spec(T.StructType().add("c", T.ArrayType(element)), "c")
+    assert "flatten" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"feature_cols": ["i33"]},
+        {"feature_cols": ["f32", ["i64", "i33"]]},
+        {"feature_cols": ["f32"], "label_cols": ["i33"]},
+        {"feature_cols": ["f32"], "sample_weight_col": "i33"},
+    ],
+    ids=str,
+)
+def test_a_missing_column_names_the_closest_wherever_it_is_asked_for(given: dict[str, Any]) -> None:
+    with pytest.raises(SchemaError, match=r"column 'i33' does not exist. Did you mean 'i") as caught:
+        check_columns(SCHEMA, **given)
+    assert caught.value.column == "i33"
+    assert "f64" in caught.value.found
+
+
+def test_a_column_with_a_dot_in_its_name_is_no_field_of_a_struct() -> None:
+    schema = T.StructType().add("other", T.StructType().add("name", T.DoubleType()))
+    with pytest.raises(SchemaError, match=r"column 'other\.name' does not exist"):
+        column_spec(schema, "other.name")
+
+
+def test_the_number_of_entries_must_be_that_of_the_inputs() -> None:
+    inputs = [tensor(1, name="left"), tensor(4, name="right")]
+    with pytest.raises(ParamError, match=r"3 entries.*2 inputs: left\(1\), right\(4\)") as caught:
+        check_columns(SCHEMA, feature_cols=["f32", "i64", "known"], inputs=inputs)
+    assert caught.value.param == "feature_cols"
+
+
+def test_the_number_of_labels_must_be_that_of_the_outputs() -> None:
+    with pytest.raises(ParamError, match=r"1 entries.*2 outputs: a, b") as caught:
+        check_columns(
+            SCHEMA, feature_cols=["f32"], label_cols=["i64"], outputs=[tensor(1, name="a"), tensor(1, name="b")]
+        )
+    assert caught.value.param == "label_cols"
+
+
+@pytest.mark.parametrize(
+    ("group", "size"), [("f32", 2), ("known", 3), (["f32", "f64"], 3), (["known", "f32"], 4), (["known", "floats"], 3)]
+)
+def test_columns_of_another_size_than_the_input_are_refused(group: Any, size: int) -> None:
+    with pytest.raises(SchemaError, match=rf"'image' takes {size} \(shape \({size}\)\)") as caught:
+        check_columns(SCHEMA, feature_cols=[group], inputs=[tensor(size, name="image")])
+    assert caught.value.column == (group if isinstance(group, str) else group[0])
+    assert caught.value.expected == f"{size} values"
+
+
+def test_a_size_that_only_the_rows_tell_is_checked_once_it_is_known() -> None:
+    _, batch = check_columns(SCHEMA, feature_cols=["floats"], inputs=[tensor(2, 3)])
+    assert batch.features == (TensorSpec(("floats",), (2, 3), "float32"),)
+    sized = [ColumnSpec("floats", "array", "float32", 6)]
+    assert resolve(batch, sized).features == batch.features
+    with pytest.raises(SchemaError, match=r"floats hold 5 values per row, but the model takes 6"):
+        resolve(batch, [ColumnSpec("floats", "array", "float32", 5)])
+
+
+def test_several_columns_fill_one_input_in_their_order() -> None:
+    columns, batch = check_columns(
+        SCHEMA, feature_cols=[["known", "i32", "floats"], "f32"], inputs=[tensor(8), tensor(1)]
+    )
+    assert [spec.name for spec in columns] == ["known", "i32", "floats", "f32"]
+    assert batch.features[0] == TensorSpec(("known", "i32", "floats"), (8,), "float32")
+    sized = [*columns[:2], ColumnSpec("floats", "array", "float32", 3), *columns[3:]]
+    assert resolve(batch, sized).features[0].shape == (8,)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64", "uint8"])
+@pytest.mark.parametrize("name", ["f32", "f64", "floats", "vector"])
+def test_an_integer_input_refuses_a_column_of_fractions(name: str, dtype: str) -> None:
+    with pytest.raises(SchemaError, match=rf"'{name}' holds float.* takes {dtype}.*Cast the column") as caught:
+        check_columns(SCHEMA, feature_cols=[name], inputs=[tensor(None, dtype=dtype)])
+    assert (caught.value.column, caught.value.expected) == (name, dtype)
+
+
+@pytest.mark.parametrize("name", ["flag", "i8", "i16", "i32", "i64"])
+def test_integers_fill_an_integer_input_and_are_stored_as_they_are(name: str) -> None:
+    columns, batch = check_columns(SCHEMA, feature_cols=[name], inputs=[tensor(1, dtype="int32")])
+    assert columns == (column_spec(SCHEMA, name),)
+    assert batch.features[0].dtype == "int32"
+
+
+@pytest.mark.parametrize("name", ["f64", "doubles", "vector"])
+@pytest.mark.parametrize(
+    ("dtypes", "stored"),
+    [
+        (["float32"], "float32"),
+        (["float16"], "float32"),
+        (["bfloat16"], "float32"),
+        (["float64"], "float64"),
+        (["float32", "float64"], "float64"),
+        (["float32", "float32"], "float32"),
+    ],
+    ids=str,
+)
+def test_doubles_are_stored_narrow_only_where_no_input_wants_more(name: str, dtypes: list[str], stored: str) -> None:
+    size = 1 if name == "f64" else None
+    inputs = [tensor(size, dtype=dtype) for dtype in dtypes]
+    columns, _ = check_columns(SCHEMA, feature_cols=[name] * len(dtypes), inputs=inputs)
+    assert [spec.dtype for spec in columns] == [stored]
+
+
+def test_a_double_that_is_feature_and_label_of_a_wide_model_stays_wide() -> None:
+    columns, batch = check_columns(
+        SCHEMA,
+        feature_cols=["f64"],
+        label_cols=["f64"],
+        inputs=[tensor(1)],
+        outputs=[tensor(1, dtype="float64")],
+    )
+    assert columns == (ColumnSpec("f64", "scalar", "float64"),)
+    assert batch.labels[0].dtype is None
+
+
+def test_a_model_that_states_no_inputs_gets_floats_and_whole_numbers_as_they_are() -> None:
+    columns, batch = check_columns(SCHEMA, feature_cols=["f64", "i64", ["i32", "f64"], "flag", "known"])
+    assert [spec.dtype for spec in batch.features] == ["float32", None, "float32", "float32", "float32"]
+    assert all(spec.shape is None for spec in batch.features)
+    assert {spec.name: spec.dtype for spec in columns} == {
+        "f64": "float32",
+        "i64": "int64",
+        "i32": "int32",
+        "flag": "bool",
+        "known": "float32",
+    }
+    assert [spec.shape for spec in resolve(batch, columns).features] == [(1,), (1,), (2,), (1,), (4,)]
+
+
+@pytest.mark.parametrize("name", ["flag", "i8", "i64"])
+def test_whole_labels_stay_whole_for_sparse_losses(name: str) -> None:
+    columns, batch = check_columns(
+        SCHEMA, feature_cols=["f32"], label_cols=[name], inputs=[tensor(1)], outputs=[tensor(10)]
+    )
+    assert columns[1] == column_spec(SCHEMA, name)
+    assert [(label.columns, label.shape, label.dtype) for label in batch.labels] == [((name,), (1,), None)]
+    assert resolve(batch, columns).labels[0].shape == (1,)
+
+
+def test_double_labels_become_what_the_output_is() -> None:
+    for dtype, stored in (("float32", "float32"), ("bfloat16", "float32"), ("float64", "float64")):
+        columns, _ = check_columns(SCHEMA, feature_cols=["f32"], label_cols=["f64"], outputs=[tensor(1, dtype=dtype)])
+        assert columns[1].dtype == stored
+
+
+@pytest.mark.parametrize(
+    ("label", "output", "shape"),
+    [
+        ("f32", (1,), (1,)),
+        ("f32", (), ()),
+        ("i64", (10,), (1,)),
+        ("known", (4,), (4,)),
+        ("known", (2, 2), (2, 2)),
+        ("known", (5,), (4,)),
+    ],
+    ids=str,
+)
+def test_a_label_has_the_shape_of_its_output_where_that_fits(
+    label: str, output: tuple[int, ...], shape: tuple[int, ...]
+) -> None:
+    columns, batch = check_columns(SCHEMA, feature_cols=["f32"], label_cols=[label], outputs=[tensor(*output)])
+    assert resolve(batch, columns).labels[0].shape == shape
+
+
+@pytest.mark.parametrize("label", ["floats", "vector"])
+def test_a_label_sized_by_its_rows_has_the_shape_of_its_output_as_well(label: str) -> None:
+    columns, batch = check_columns(SCHEMA, feature_cols=["f32"], label_cols=[label], outputs=[tensor(2, 3)])
+    sized = [columns[0], ColumnSpec(label, columns[1].kind, "float32", 6)]
+    assert resolve(batch, sized).labels[0].shape == (2, 3)
+
+
+def test_label_shapes_come_first() -> None:
+    columns, batch = check_columns(
+        SCHEMA, feature_cols=["f32"], label_cols=["known", "f32"], label_shapes=[[2, 2], []], outputs=None
+    )
+    assert [label.shape for label in resolve(batch, columns).labels] == [(2, 2), ()]
+
+
+def test_a_label_shape_that_does_not_hold_the_column_is_refused() -> None:
+    columns, batch = check_columns(SCHEMA, feature_cols=["f32"], label_cols=["known"], label_shapes=[[3]])
+    with pytest.raises(SchemaError, match=r"known hold 4 values per row, but the model takes 3"):
+        resolve(batch, columns)
+
+
+def test_one_label_shape_per_label() -> None:
+    with pytest.raises(ParamError, match=r"2 entries for 1 label_cols") as caught:
+        check_columns(SCHEMA, feature_cols=["f32"], label_cols=["i64"], label_shapes=[[1], [1]])
+    assert caught.value.param == "label_shapes"
+
+
+@pytest.mark.parametrize("name", ["i8", "i64", "f32", "f64"])
+def test_weights_are_stored_as_float32(name: str) -> None:
+    columns, batch = check_columns(SCHEMA, feature_cols=["i16"], sample_weight_col=name)
+    assert columns == (ColumnSpec("i16", "scalar", "int16"), ColumnSpec(name, "scalar", "float32"))
+    assert batch.sample_weight == name
+    assert batch.columns == ("i16", name)
+
+
+@pytest.mark.parametrize("name", ["flag", "floats", "vector"])
+def test_a_weight_is_one_number_per_row(name: str) -> None:
+    with pytest.raises(SchemaError, match=rf"sample_weight_col '{name}' has type .*one number per row") as caught:
+        check_columns(SCHEMA, feature_cols=["f32"], sample_weight_col=name)
+    assert caught.value.column == name
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("i64", {"feature_cols": ["i64"], "inputs": [ModelTensor("x", (1,), "int64")]}),
+        ("f64", {"feature_cols": ["f64"], "inputs": [ModelTensor("x", (1,), "float64")]}),
+        ("i32", {"feature_cols": ["f32"], "label_cols": ["i32"]}),
+    ],
+    ids=["whole feature", "wide feature", "whole label"],
+)
+def test_a_weight_that_is_also_fed_to_the_model_keeps_its_values(name: str, given: dict[str, Any]) -> None:
+    columns, _ = check_columns(SCHEMA, sample_weight_col=name, **given)
+    assert next(spec for spec in columns if spec.name == name) == column_spec(SCHEMA, name)
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.5, 0.999])
+def test_a_validation_fraction_names_no_column(fraction: float) -> None:
+    assert split_condition(SCHEMA, fraction) is None
+    assert split_condition(SCHEMA, None) is None
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, 1, 0, -0.1, 1.5, float("nan"), float("inf")])
+def test_a_validation_fraction_lies_between_0_and_1(fraction: float) -> None:
+    with pytest.raises(ParamError, match=r"validation=.*between 0 and 1") as caught:
+        split_condition(SCHEMA, fraction)
+    assert caught.value.param == "validation"
+
+
+@pytest.mark.parametrize("name", ["flag", "i8", "i64", "f64"])
+def test_a_validation_column_is_a_number_or_a_boolean(name: str) -> None:
+    assert split_condition(SCHEMA, name) == name
+
+
+@pytest.mark.parametrize(("name", "message"), [("floats", "0/1"), ("known", "0/1"), ("text", "StringIndexer")])
+def test_a_validation_column_of_another_type_is_refused(name: str, message: str) -> None:
+    with pytest.raises(SchemaError, match=message) as caught:
+        split_condition(SCHEMA, name)
+    assert caught.value.column == name
+
+
+def test_a_missing_validation_column_names_the_closest() -> None:
+    with pytest.raises(SchemaError, match=r"'flags' does not exist. Did you mean 'flag'"):
+        split_condition(SCHEMA, "flags")
+
+
+def test_the_same_name_twice_is_refused() -> None:
+    schema = T.StructType([T.StructField("a", T.LongType()), T.StructField("a", T.DoubleType())])
+    with pytest.raises(SchemaError, match=r"'a'"):
+        column_spec(schema, "a")
