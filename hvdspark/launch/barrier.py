@@ -21,6 +21,7 @@ import pyarrow as pa
 from hvdspark.errors import (
     HvdSparkError,
     LaunchError,
+    LaunchTimeoutError,
     NotEnoughSlotsError,
     ParamError,
     RendezvousError,
@@ -221,7 +222,7 @@ def _run_task(
         offers = [json.loads(text) for text in barrier.allGather(offer)]
         error = next((found["error"] for found in offers if found["error"] is not None), None)
         if error is not None:
-            return context.rank, Outcome(failure=Failure(context.rank, host, "start", error, time=time.time()))
+            return context.rank, Outcome(failure=Failure(context.rank, host, "meet", error, time=time.time()))
         meeting = next(found["address"] for found in offers if found["address"] is not None)
         interface = devices.interface_of(topology.meeting_address(peers, partition))
         environment = {
@@ -306,24 +307,25 @@ def _lost_stage(exc: Exception) -> HvdSparkError:
 
 
 # A rank that died is the cause rather than those that raised because it was gone; of several causes the first in time.
-_SEVERITY = {"user": 0, "start": 0, "died": 1, "peer": 2}
+_SEVERITY = {"user": 0, "meet": 0, "start": 0, "late": 1, "died": 1, "peer": 2}
 
 
 def _error_of(failures: Sequence[Failure], options: LaunchOptions) -> HvdSparkError:
     """Make one error of all failures, which begins with the one that came first on its own account."""
     first = min(failures, key=lambda failure: (_SEVERITY[failure.kind], failure.time))
-    where = f"rank {first.rank} on {first.host}"
-    if first.kind == "start" and not first.log_tail:
-        return RendezvousError(f"{where}: {first.error}")
-    parts = [f"{where}: {first.error}"]
+    parts = [f"rank {first.rank} on {first.host}: {first.error}"]
     if first.details:
         parts.append(first.details.rstrip())
     if first.log_tail:
         parts.append(f"Last lines of rank {first.rank}:\n{first.log_tail}")
     if options.store is not None and options.logs is not None:
         parts.append(f"Logs of all ranks: {Store.from_ref(options.store).url_of(options.logs)}")
+    text = "\n\n".join(parts)
+    never_ran = {"meet": RendezvousError, "start": LaunchError, "late": LaunchTimeoutError}
+    if first.kind in never_ran:
+        return never_ran[first.kind](text)
     return WorkerFailedError(
-        "\n\n".join(parts),
+        text,
         failures={failure.rank: failure.error for failure in failures},
         root_cause=first.rank,
         log_tail=first.log_tail,

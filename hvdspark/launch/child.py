@@ -34,7 +34,7 @@ READY, DONE, FAILED = b"R", b"D", b"F"
 
 TAIL_LINES = 50
 
-FailureKind = Literal["user", "peer", "died", "start"]
+FailureKind = Literal["user", "peer", "died", "meet", "start", "late"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class Failure:
         Which one, and where.
     kind
         ``"user"``: an exception in what the rank ran; ``"peer"``: it noticed that another rank was gone; ``"died"``:
-        the process ended by a signal or exit; ``"start"``: it never began.
+        the process ended by a signal or exit; ``"meet"``: the tasks did not find each other; ``"start"``: the process
+        ended before it began its work; ``"late"``: it did not begin in time.
     error
         Type and message of the exception, or what happened to the process.
     details
@@ -117,7 +118,7 @@ def run_child(
     if answer is not None:
         kind, error, details = answer[1].decode(errors="replace").split("\0", 2)
     else:
-        kind = "died" if frames.ready else "start"
+        kind = "died" if frames.ready else "late" if frames.timed_out else "start"
         error, details = _describe_end(process.returncode, frames, start_timeout_s), ""
     if log is not None:
         _write_lines(log, context, [error, *details.splitlines()])

@@ -14,7 +14,7 @@ import pytest
 from pyspark.sql import SparkSession
 
 import hvdspark
-from hvdspark.errors import LaunchError, NotEnoughSlotsError, RendezvousError, WorkerFailedError
+from hvdspark.errors import LaunchError, LaunchTimeoutError, NotEnoughSlotsError, RendezvousError, WorkerFailedError
 
 
 def test_results_come_by_rank_and_the_ranks_are_one_job(spark: SparkSession) -> None:
@@ -99,6 +99,11 @@ def test_too_many_ranks_are_refused_without_a_job(spark: SparkSession) -> None:
 def test_an_unknown_interface_is_an_error_that_lists_those_there_are(spark: SparkSession) -> None:
     with pytest.raises(RendezvousError, match=r"none of the network interfaces ib7 .* lo \(127\.0\.0\.1\)"):
         hvdspark.run(lambda: None, num_proc=2, nics=["ib7"])
+
+
+def test_ranks_that_do_not_begin_in_time_are_named_and_ended(spark: SparkSession) -> None:
+    with pytest.raises(LaunchTimeoutError, match=r"^rank \d on .*did not begin within 0\.01 s.*raise start_timeout"):
+        hvdspark.run(lambda: None, num_proc=2, start_timeout=0.01)
 
 
 def test_a_cancelled_job_takes_its_training_processes_along(spark: SparkSession, tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_a_process_that_does_not_begin_in_time_is_ended() -> None:
     started = time.monotonic()
     failure = run(lambda: None, start_timeout_s=0.01).failure
     assert failure is not None
-    assert failure.kind == "start"
+    assert failure.kind == "late"
     assert "did not begin within 0.01 s" in failure.error
     assert time.monotonic() - started < 30
 
