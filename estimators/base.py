@@ -24,7 +24,8 @@ from pyspark.ml import Estimator, Model
 from pyspark.sql.types import StructType
 
 from hvdspark.data import schema
-from hvdspark.data.materialize import TRAIN, VAL, Split, materialize
+from hvdspark.data.materialize import materialize
+from hvdspark.data.partitions import TRAIN, VAL, Split
 from hvdspark.data.shards import plan_shards
 from hvdspark.errors import ModelFormatError, ParamError
 from hvdspark.launch.barrier import LaunchOptions, check_slots, count_slots, run_barrier

@@ -313,7 +313,6 @@ class FitPlan:
     cache_in_memory: bool = False
     train_steps_per_epoch: int | None = None
     validation_steps_per_epoch: int | None = None
-    verbose: int = 1
 
 
 @dataclass(frozen=True)

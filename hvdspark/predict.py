@@ -159,16 +159,9 @@ def scored_schema(schema: T.StructType, outputs: Sequence[OutputColumn]) -> T.St
 def _spark_type(output: OutputColumn) -> Any:
     from pyspark.sql import types as T
 
-    numbers: dict[str, T.DataType] = {
-        "bool": T.BooleanType(),
-        "int8": T.ByteType(),
-        "int16": T.ShortType(),
-        "int32": T.IntegerType(),
-        "int64": T.LongType(),
-        "float32": T.FloatType(),
-        "float64": T.DoubleType(),
-    }
-    if output.dtype not in numbers:
+    from hvdspark.data.schema import NUMBERS
+
+    if output.dtype not in NUMBERS:
         raise ParamError(
             f"the model's output for '{output.name}' has dtype {output.dtype}, which no column type holds",
             param="output_cols",
@@ -176,7 +169,7 @@ def _spark_type(output: OutputColumn) -> Any:
     if output.kind == "vector":
         # Looked up by name: the engine does not depend on Spark ML, but speaks its vector type.
         return importlib.import_module("pyspark.ml.linalg").VectorUDT()
-    found: Any = numbers[output.dtype]
+    found: Any = NUMBERS[output.dtype]()
     if output.kind == "array":
         for _ in output.shape or (1,):
             found = T.ArrayType(found, containsNull=False)

@@ -152,7 +152,8 @@ def packer(model: keras.Model, batch: BatchSpec) -> Callable[..., Any]:
 def _shaped_like(structure: Any, flat: tuple[Any, ...]) -> Any:
     """Put tensors into the model's own structure (a dictionary, say); a single one stands alone."""
     if structure is not None and not hasattr(structure, "shape"):
-        return keras.tree.pack_sequence_as(structure, list(flat))
+        # tf.data takes a list for one tensor to be stacked, a tuple for several; Keras takes both for several.
+        return keras.tree.lists_to_tuples(keras.tree.pack_sequence_as(structure, list(flat)))
     return flat[0] if len(flat) == 1 else flat
 
 

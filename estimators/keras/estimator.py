@@ -9,7 +9,7 @@ from hvdspark.estimators.base import HorovodEstimator, Tensors
 from hvdspark.estimators.keras import codec
 from hvdspark.estimators.keras.model import KerasModel
 from hvdspark.estimators.keras.spec import KerasSpec
-from hvdspark.estimators.params import sort_out
+from hvdspark.estimators.keywords import sort_out
 from hvdspark.estimators.persistence import Persistable
 
 from hvdspark.errors import ModelFormatError, ParamError

@@ -32,8 +32,8 @@ def global_metrics(model: keras.Model, session: Session, rows: int, name: str) -
 
     Notes
     -----
-    A metric class of the user's own that is no subclass of Keras' averaging metrics may keep anything; of such a one
-    the results are averaged over the ranks, weighted by rows.
+    A metric class of the user's own that derives from nothing but ``keras.metrics.Metric`` may keep anything; of such
+    a one the results are averaged over the ranks, weighted by rows.
     """
     local = _results(model)
     variables = [variable for metric in model.metrics for variable in metric.variables]
@@ -54,7 +54,7 @@ def global_metrics(model: keras.Model, session: Session, rows: int, name: str) -
 def _results(model: keras.Model) -> dict[str, float]:
     """Return all metrics as numbers; those of several values are left out, as a history does not take them."""
     values = {key: np.asarray(value) for key, value in model.get_metrics_result().items()}
-    return {key: float(value) for key, value in values.items() if value.size == 1}
+    return {key: float(value.item()) for key, value in values.items() if value.size == 1}
 
 
 def _is_own_kind(key: str, model: keras.Model) -> bool:
@@ -65,8 +65,9 @@ def _is_own_kind(key: str, model: keras.Model) -> bool:
 
 
 def _adds_up(metric: keras.metrics.Metric) -> bool:
-    averaging = (keras.metrics.Mean, keras.metrics.Sum, keras.metrics.MeanMetricWrapper)
-    return isinstance(metric, averaging) or type(metric).__module__.startswith("keras.")
+    """Whether a metric is one of Keras' own, or derives from one and so from its way of keeping sums."""
+    bases = set(type(metric).__mro__) - set(keras.metrics.Metric.__mro__)
+    return any(cls.__module__.startswith("keras.") for cls in bases)
 
 
 def _leaves(model: keras.Model) -> Iterator[Any]:

@@ -120,13 +120,18 @@ class GradientReducer:
         tf.cond(step.apply, send, lambda: tf.constant(False))
 
     def _allreduce(self, grads: list[Any]) -> list[Any]:
-        if self._hvd.size() == 1 or not grads:
+        if self._hvd.size() == 1:
             return grads
-        return list(
-            self._hvd.grouped_allreduce(
-                grads, op=self._hvd.Average, compression=self._compression, name="hvdspark_gradients"
-            )
-        )
+        settings = {"op": self._hvd.Average, "compression": self._compression}
+        dense = [grad for grad in grads if not isinstance(grad, tf.IndexedSlices)]
+        reduced = iter(self._hvd.grouped_allreduce(dense, name="hvdspark_gradients", **settings) if dense else [])
+        # One by one, because Horovod's grouped call gives sparse gradients the shapes of others.
+        return [
+            self._hvd.allreduce(grad, name=f"hvdspark_gradient_{index}", **settings)
+            if isinstance(grad, tf.IndexedSlices)
+            else next(reduced)
+            for index, grad in enumerate(grads)
+        ]
 
 
 def _scale(grad: Any, factor: tf.Tensor) -> Any:

@@ -19,16 +19,16 @@ import pickle
 import posixpath
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hvdspark.data.arrays import Block, count_nulls, pack, to_block
+from hvdspark.data.partitions import TRAIN, VAL, PartitionReport, PartitionWriter, Split
+from hvdspark.data.schema import NUMBERS
 from hvdspark.errors import CorruptDatasetError, EmptyDatasetError, NullValueError, RaggedArrayError
-from hvdspark.plan import ColumnSpec, Manifest, RowGroup, StoreRef
+from hvdspark.plan import ColumnSpec, Manifest, RowGroup
 from hvdspark.store import Store
 
 if TYPE_CHECKING:
@@ -38,59 +38,6 @@ logger = logging.getLogger(__name__)
 
 DATASETS = "datasets"
 MANIFEST = "manifest.json"
-TRAIN, VAL = "train", "val"
-
-# A row group is read and decoded as a whole: large enough that Parquet's fixed costs vanish, small enough that a
-# shuffle over several of them fits into a rank's memory.
-ROW_GROUP_BYTES = 16 << 20
-MAX_ROW_GROUP_ROWS = 1 << 18
-
-
-@dataclass(frozen=True)
-class Split:
-    """How rows are told into training and validation.
-
-    Parameters
-    ----------
-    fraction
-        Share of the rows to validate on, chosen at random by the seed.
-    column
-        Or a column: rows where it is true (not zero) are for validation.
-    seed
-        Seed of the choice; the same DataFrame, partitioning and seed give the same rows.
-    """
-
-    fraction: float = 0.0
-    column: str | None = None
-    seed: int = 0
-
-    @property
-    def has_val(self) -> bool:
-        """Whether any row may go to validation."""
-        return self.fraction > 0 or self.column is not None
-
-
-@dataclass
-class PartitionReport:
-    """What one task wrote and what it found, as it travels to the driver."""
-
-    partition: int
-    groups: dict[str, list[RowGroup]] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)
-    nulls: dict[str, int] = field(default_factory=dict)
-    ragged: dict[str, tuple[int, int]] = field(default_factory=dict)
-
-    def to_json(self) -> str:
-        """Write the report as JSON text."""
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> PartitionReport:
-        """Read what :meth:`to_json` wrote."""
-        data = json.loads(text)
-        groups = {name: [RowGroup(**group) for group in found] for name, found in data["groups"].items()}
-        ragged = {name: (first, second) for name, (first, second) in data["ragged"].items()}
-        return cls(data["partition"], groups, data["sizes"], data["nulls"], ragged)
 
 
 def materialize(df: DataFrame, columns: Sequence[ColumnSpec], split: Split, store: Store) -> tuple[str, Manifest]:
@@ -123,7 +70,7 @@ def materialize(df: DataFrame, columns: Sequence[ColumnSpec], split: Split, stor
     names = [column.name for column in columns]
     extra = [split.column] if split.column is not None and split.column not in names else []
     try:
-        writer = _PartitionWriter(tuple(columns), split, store.ref(), dataset)
+        writer = PartitionWriter(tuple(columns), split, store.ref(), dataset)
         wanted = [*names, *extra]
         # By position: PySpark takes a name with dots for an access to a field, in some places even when it is quoted.
         rows = df.select(*[_quote(name) for name in wanted]).toDF(*[f"c{place}" for place in range(len(wanted))])
@@ -170,7 +117,7 @@ def _quote(name: str) -> str:
 
 
 def _task_of(
-    writer: _PartitionWriter, names: Sequence[str]
+    writer: PartitionWriter, names: Sequence[str]
 ) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
     """Make the function that Spark calls with a partition's batches, whose columns come in the order of the names."""
 
@@ -179,142 +126,6 @@ def _task_of(
         yield pa.RecordBatch.from_pydict({"report": [report.to_json()]})
 
     return write
-
-
-@dataclass(frozen=True)
-class _PartitionWriter:
-    """Writes one partition; an instance travels to every task."""
-
-    columns: tuple[ColumnSpec, ...]
-    split: Split
-    store: StoreRef
-    dataset: str
-
-    def write(self, batches: Iterable[pa.RecordBatch]) -> PartitionReport:
-        from pyspark import TaskContext
-
-        context = TaskContext.get()
-        partition = context.partitionId() if context is not None else 0
-        report = PartitionReport(partition)
-        random = np.random.default_rng([self.split.seed, partition])
-        # The random part keeps attempts of one task apart, wherever and whenever they run.
-        stem = f"part-{partition:05d}-{uuid.uuid4().hex[:12]}.parquet"
-        files = {name: _SplitFile(Store.from_ref(self.store), self.dataset, f"{name}/{stem}") for name in (TRAIN, VAL)}
-        try:
-            for batch in batches:
-                blocks = self._blocks(batch, report)
-                held_out = self._held_out(batch, random, report)
-                if blocks is None:
-                    continue
-                for name, mask in ((TRAIN, ~held_out), (VAL, held_out)):
-                    if mask.any():
-                        chosen = blocks if mask.all() else {key: block[mask] for key, block in blocks.items()}
-                        files[name].append(chosen)
-            for name, file in files.items():
-                report.groups[name] = file.close()
-        finally:
-            for file in files.values():
-                file.abort()
-        return report
-
-    def _blocks(self, batch: pa.RecordBatch, report: PartitionReport) -> dict[str, Block] | None:
-        """Convert a batch; where a column cannot be, note why and go on, so that all nulls are counted."""
-        blocks = {}
-        for spec in self.columns:
-            column = batch.column(spec.name)
-            size = report.sizes.get(spec.name, spec.size)
-            try:
-                blocks[spec.name] = to_block(column, dataclasses.replace(spec, size=size))
-            except NullValueError as exc:
-                report.nulls[spec.name] = report.nulls.get(spec.name, 0) + exc.count
-                continue
-            except RaggedArrayError as exc:
-                report.ragged.setdefault(spec.name, exc.lengths)
-                continue
-            if batch.num_rows:
-                report.sizes[spec.name] = blocks[spec.name].shape[1]
-        # Empty arrays are refused once the sizes of all partitions are known.
-        unusable = report.nulls or report.ragged or 0 in report.sizes.values()
-        return None if unusable or not batch.num_rows else blocks
-
-    def _held_out(self, batch: pa.RecordBatch, random: np.random.Generator, report: PartitionReport) -> Block:
-        """Mark the batch's validation rows."""
-        if self.split.column is None:
-            return np.asarray(random.random(batch.num_rows) < self.split.fraction)
-        column = batch.column(self.split.column)
-        nulls = count_nulls(column, ColumnSpec(self.split.column, "scalar", "bool"))
-        if nulls:
-            report.nulls[self.split.column] = report.nulls.get(self.split.column, 0) + nulls
-        nothing = False if pa.types.is_boolean(column.type) else 0
-        return np.asarray(column.fill_null(nothing).to_numpy(zero_copy_only=False) != 0)
-
-
-class _SplitFile:
-    """One Parquet file, opened with its first rows and cut into row groups of a fixed number of rows."""
-
-    def __init__(self, store: Store, dataset: str, name: str) -> None:
-        self._store = store
-        self._path = store.path(dataset, name)
-        self._name = name
-        self._buffer: list[dict[str, Block]] = []
-        self._buffered = 0
-        self._group_rows = 0
-        self._groups: list[RowGroup] = []
-        self._stream: Any = None
-        self._writer: pq.ParquetWriter | None = None
-
-    def append(self, blocks: dict[str, Block]) -> None:
-        if not self._group_rows:
-            width = sum(block.shape[1] * block.itemsize for block in blocks.values())
-            self._group_rows = int(np.clip(ROW_GROUP_BYTES // width, 1, MAX_ROW_GROUP_ROWS))
-        self._buffer.append(blocks)
-        self._buffered += len(next(iter(blocks.values())))
-        while self._buffered >= self._group_rows:
-            self._flush(self._group_rows)
-
-    def close(self) -> list[RowGroup]:
-        """Finish the file and return its row groups; without rows there is no file."""
-        if self._buffered:
-            self._flush(self._buffered)
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-            self._stream.close()
-            self._stream = None
-        return self._groups
-
-    def abort(self) -> None:
-        """Drop an unfinished file; does nothing after :meth:`close`."""
-        if self._stream is not None:
-            stream, self._stream, self._writer = self._stream, None, None
-            stream.close()
-            self._store.filesystem.rm_file(self._path)
-
-    def _flush(self, rows: int) -> None:
-        names = list(self._buffer[0])
-        whole = {name: np.concatenate([blocks[name] for blocks in self._buffer]) for name in names}
-        table = _to_table({name: block[:rows] for name, block in whole.items()})
-        self._open(table.schema).write_table(table, row_group_size=rows)
-        self._groups.append(RowGroup(self._name, len(self._groups), rows))
-        self._buffered -= rows
-        self._buffer = [{name: block[rows:] for name, block in whole.items()}] if self._buffered else []
-
-    def _open(self, schema: pa.Schema) -> pq.ParquetWriter:
-        if self._writer is None:
-            filesystem = self._store.filesystem
-            filesystem.makedirs(posixpath.dirname(self._path), exist_ok=True)
-            self._stream = filesystem.open(self._path, "wb")
-            # Measured features hardly repeat: a dictionary costs a third of the writing time and saves nothing.
-            self._writer = pq.ParquetWriter(
-                self._stream, schema, compression="snappy", use_dictionary=False, write_page_checksum=True
-            )
-        return self._writer
-
-
-def _to_table(blocks: dict[str, Block]) -> pa.Table:
-    """Scalars as Parquet numbers; anything wider as one packed cell per row."""
-    columns = {name: pa.array(block[:, 0]) if block.shape[1] == 1 else pack(block) for name, block in blocks.items()}
-    return pa.table(columns)
 
 
 def _merge(columns: Sequence[ColumnSpec], reports: Iterable[PartitionReport], split: Split) -> Manifest:
@@ -394,8 +205,6 @@ def _write_petastorm_metadata(
     never loads it (its own metadata is the JSON manifest).
     """
     # Here and not above, because importing Petastorm takes a second, which the writing tasks need not wait.
-    from pyspark.sql import types as T
-
     from hvdspark.data.petastorm_compat import (
         ROW_GROUPS_PER_FILE_KEY,
         UNISCHEMA_KEY,
@@ -405,20 +214,11 @@ def _write_petastorm_metadata(
         UnischemaField,
     )
 
-    spark_types = {
-        "bool": T.BooleanType(),
-        "int8": T.ByteType(),
-        "int16": T.ShortType(),
-        "int32": T.IntegerType(),
-        "int64": T.LongType(),
-        "float32": T.FloatType(),
-        "float64": T.DoubleType(),
-    }
     fields, arrow_fields = [], []
     for spec in columns:
         dtype = np.dtype(spec.dtype)
         if spec.size == 1:
-            fields.append(UnischemaField(spec.name, dtype.type, (), ScalarCodec(spark_types[spec.dtype]), False))
+            fields.append(UnischemaField(spec.name, dtype.type, (), ScalarCodec(NUMBERS[spec.dtype]()), False))
             arrow_fields.append(pa.field(spec.name, pa.from_numpy_dtype(dtype)))
         else:
             fields.append(UnischemaField(spec.name, dtype.type, (spec.size,), NdarrayCodec(), False))

@@ -28,6 +28,9 @@ _DTYPES: dict[type[T.DataType], str] = {
     T.DoubleType: "float64",
 }
 
+# Spark's type of each dtype that a column can have.
+NUMBERS = {dtype: data_type for data_type, dtype in _DTYPES.items()}
+
 _REMEDIES: dict[type[T.DataType], str] = {
     T.DecimalType: "cast it to double",
     T.StringType: "turn it into numbers first, for instance with StringIndexer",

@@ -206,7 +206,8 @@ def test_each_rank_reads_its_rows_once_whatever_the_partitions(
     from hvdspark.estimators.keras.batches import Batches
 
     from hvdspark.data import schema
-    from hvdspark.data.materialize import Split, materialize
+    from hvdspark.data.materialize import materialize
+    from hvdspark.data.partitions import Split
     from hvdspark.data.shards import plan_shards
     from hvdspark.plan import FitPlan
 

@@ -24,6 +24,7 @@ LAYERS = {
     "hvdspark": 5,  # hvdspark/__init__.py shows the public names of the layers up to 5
     "hvdspark.estimators": 6,
     "hvdspark.estimators.params": 6,
+    "hvdspark.estimators.keywords": 6,
     "hvdspark.estimators.base": 6,
     "hvdspark.estimators.persistence": 6,
     "hvdspark.estimators.keras": 7,

@@ -23,7 +23,8 @@ from hypothesis.extra import numpy as hnp
 from hvdspark import Store
 from hvdspark.data import petastorm_compat  # noqa: F401  (must come before petastorm)
 from hvdspark.data.arrays import VECTOR_TYPE
-from hvdspark.data.materialize import DATASETS, MANIFEST, TRAIN, VAL, Split, load_manifest, materialize
+from hvdspark.data.materialize import DATASETS, MANIFEST, load_manifest, materialize
+from hvdspark.data.partitions import TRAIN, VAL, Split
 from hvdspark.data.reader import ShardReader, read_group
 from hvdspark.data.shards import plan_shards, reads_of
 from hvdspark.errors import CorruptDatasetError, EmptyDatasetError, NullValueError, RaggedArrayError
@@ -318,7 +319,7 @@ class BreakingFrame:
 def test_a_task_that_breaks_leaves_no_file_and_no_manifest(
     tmp_path: Path, arrow_frame: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, before: int, files: int
 ) -> None:
-    monkeypatch.setattr("hvdspark.data.materialize.ROW_GROUP_BYTES", 16)
+    monkeypatch.setattr("hvdspark.data.partitions.ROW_GROUP_BYTES", 16)
     store = Store.create(tmp_path / "store")
     breaking = Breaking(store, *[batch(x=[4, 5, 6], v=[0, 0, int(number > 1)]) for number in range(before)])
     frame: Any = BreakingFrame(arrow_frame([[batch(x=[1, 2, 3], v=[0, 0, 0])], breaking]))

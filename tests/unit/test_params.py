@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hvdspark.estimators import KerasEstimator, KerasModel
-from hvdspark.estimators.params import HINTS, REPLACED
+from hvdspark.estimators.keywords import HINTS, REPLACED
 from pyspark.ml.param import Param
 from pyspark.ml.tuning import ParamGridBuilder
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvdspark.data import reader as reading
-from hvdspark.data.materialize import TRAIN
+from hvdspark.data.partitions import TRAIN
 from hvdspark.data.reader import BlockSource, ShardReader, read_group
 from hvdspark.data.shards import plan_shards, reads_of
 from hvdspark.errors import CorruptDatasetError
