@@ -44,8 +44,8 @@ def dense(*units: int, inputs: int = 2, activation: str | None = None) -> keras.
 
 @pytest.fixture(scope="module")
 def rows(spark: SparkSession) -> DataFrame:
-    """Twenty rows in three partitions; column ``v`` is the vector ``(a, b)``."""
-    numbers = spark.range(0, 20, numPartitions=3).select(
+    """Twenty rows in two partitions; column ``v`` is the vector ``(a, b)``."""
+    numbers = spark.range(0, 20, numPartitions=2).select(
         F.col("id").alias("a"), (F.col("id") % 3).cast("double").alias("b"), (F.col("id") % 2).alias("y")
     )
     return VectorAssembler(inputCols=["a", "b"], outputCol="v").transform(numbers)
@@ -76,7 +76,7 @@ def test_partitions_without_rows_and_dataframes_without_rows_are_no_trouble(
     spark: SparkSession, rows: DataFrame
 ) -> None:
     model = spark_model(dense(1))
-    some = model.transform(rows.repartition(8, "a").where("a IN (3, 17)"))
+    some = model.transform(rows.repartition(4, "a").where("a IN (3, 17)"))
     assert column(some, "a") == [3, 17]
     none = model.transform(rows.where("a < 0"))
     assert none.collect() == []
@@ -228,11 +228,10 @@ def test_scores_may_be_scored_again(rows: DataFrame) -> None:
 
 
 def test_two_models_score_side_by_side_in_one_worker(rows: DataFrame) -> None:
-    networks = [dense(1), dense(4, 1)]
-    for _ in range(2):
-        for network in networks:
-            found = column(spark_model(network).transform(rows), "y__output")
-            assert found == pytest.approx(np.asarray(network(MATRIX)).ravel(), rel=1e-5)
+    first, second = dense(1), dense(4, 1)
+    for network in (first, second, first):
+        found = column(spark_model(network).transform(rows), "y__output")
+        assert found == pytest.approx(np.asarray(network(MATRIX)).ravel(), rel=1e-5)
 
 
 def test_dropout_is_off_when_scoring(rows: DataFrame) -> None:
