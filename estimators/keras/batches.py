@@ -88,11 +88,13 @@ class Batches:
         """
         shards, rank = self._shards, self._rank
         last = shards.steps - 1
+        is_idle = shards.rows_at(rank, last) == 0
+        filler = tf.data.Dataset.from_tensors(self._filler()) if is_idle else None
 
         def one_pass(number: tf.Tensor) -> tf.data.Dataset:
             batches = self._pass(number)
-            if shards.rows_at(rank, last) == 0:
-                batches = batches.concatenate(tf.data.Dataset.from_tensors(self._filler()))
+            if filler is not None:
+                batches = batches.concatenate(filler)
             index = tf.data.Dataset.range(shards.steps)
             rows = index.map(lambda step: tf.where(step < last, shards.batch_rows, shards.rows_at(rank, last)))
             total = index.map(lambda step: tf.where(step < last, shards.total_rows_at(0), shards.total_rows_at(last)))

@@ -99,6 +99,7 @@ class KerasEstimator(HorovodEstimator, Persistable):
         "callbacks": (),
         "checkpoint_callback": None,
     }
+    _optimizer: Any
     _loss: Any
     _metrics: Any
     _callbacks: Sequence[Any]
@@ -189,12 +190,28 @@ class KerasEstimator(HorovodEstimator, Persistable):
                     f"callbacks holds a {type(callback).__name__}, which is no keras.callbacks.Callback",
                     param="callbacks",
                 )
+        if self._value("learning_rate") is not None:
+            self._check_learning_rate(model)
         best_of = self._best_of()
         if best_of is not None and best_of.monitor.startswith("val_") and self._value("validation") is None:
             raise ParamError(
                 f"checkpoint_callback monitors '{best_of.monitor}', but there is no validation; give validation=0.1, or"
                 " monitor a training metric such as 'loss'",
                 param="checkpoint_callback",
+            )
+
+    def _check_learning_rate(self, model: keras.Model) -> None:
+        """Refuse a learning rate that would replace a schedule, which Keras does not allow."""
+        import keras
+
+        optimizer = self._optimizer if self._optimizer is not None else model.optimizer
+        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+        schedule = getattr(optimizer, "_learning_rate", None)
+        if isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule):
+            raise ParamError(
+                f"learning_rate={self._value('learning_rate')} cannot replace the optimizer's schedule"
+                f" ({type(schedule).__name__}); give an optimizer with a plain learning rate",
+                param="learning_rate",
             )
 
     def _required_model(self) -> keras.Model:

@@ -151,22 +151,28 @@ def test_digits_are_read(tmp_path: Path) -> None:
     assert last < first / 5
 
 
-def test_the_quick_start_of_the_readme_runs_when_pasted(tmp_path: Path) -> None:
-    blocks = re.findall(r"<!-- quick start -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    for index, block in enumerate(blocks):
-        # What the block shows, and what it leaves behind to be asked about.
-        check = (
-            "\nassert trained.getHistory()['val_loss'][-1] < trained.getHistory()['val_loss'][0] / 5\n"
-            "error, spread = scored.selectExpr('avg(pow(product - product__output, 2))', 'var_pop(product)').first()\n"
-            "assert error < spread / 20, (error, spread)\nprint('it ended well')\n"
-        )
-        program = tmp_path / f"block_{index}.py"
-        program.write_text(block + check)
-        done = run_python(str(program), folder=tmp_path)
-        check_ended_well(done)
-        assert "product__output" in done.stdout
-        assert "it ended well" in done.stdout
+def test_the_code_of_the_readme_runs_when_pasted(tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text()
+    quick_start = re.search(r"<!-- quick start -->\n```python\n(.*?)```", readme, re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert quick_start is not None
+    assert blocks[0] == quick_start[1]
+    assert len(blocks) == 2
+    # After the quick start: did it learn, and does it predict?
+    check = """
+history = trained.getHistory()["val_loss"]
+assert history[-1] < history[0] / 5, history
+error, spread = scored.selectExpr("avg(pow(product - product__output, 2))", "var_pop(product)").first()
+assert error < spread / 20, (error, spread)
+print("it learned")
+"""
+    program = tmp_path / "program.py"
+    program.write_text("\n".join([blocks[0], check, blocks[1]]))
+    done = run_python(str(program), folder=tmp_path)
+    check_ended_well(done)
+    assert "product__output" in done.stdout
+    assert "it learned" in done.stdout
+    assert "[0.5, 0.5]" in done.stdout
 
 
 def test_a_program_for_horovod_spark_runs_when_its_imports_are_changed(tmp_path: Path) -> None:

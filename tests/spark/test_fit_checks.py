@@ -162,7 +162,6 @@ def test_a_label_for_two_outputs_needs_output_names_of_their_own(store: Store, r
         estimator.setOutputCols(["p", "q"]).fit(rows)
 
 
-@pytest.mark.xfail(strict=True, reason="found out in the ranks, by Keras")
 def test_a_learning_rate_cannot_replace_a_schedule(estimator: Any, rows: DataFrame) -> None:
     schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 100, 0.9)
     estimator.setOptimizer(keras.optimizers.SGD(schedule)).setLearningRate(0.5)
