@@ -129,7 +129,7 @@ class _Fit:
                 payload = cloudpickle.dumps(estimator._job(plan))
                 answers = run_barrier(session, num_proc, payload, options)
         finally:
-            store.delete(dataset)
+            self._drop(store, dataset)
         # The answer came through Spark's own channel from a process that this fit started.
         result: TrainResult = cloudpickle.loads(answers[0])
         with self._timed("publish"):
@@ -141,6 +141,13 @@ class _Fit:
         model._phases = dict(self._phases)
         self._say("phases: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self._phases.items()))
         return model
+
+    def _drop(self, store: Store, dataset: str) -> None:
+        """Delete the dataset; that must not hide what else went wrong, nor lose a model that was trained."""
+        try:
+            store.delete(dataset)
+        except OSError as exc:
+            logger.warning("%s: cannot delete %s: %s", self._run_id, store.url_of(dataset), exc)
 
     def _check(self, session: SparkSession) -> tuple[Store, tuple[ColumnSpec, ...], BatchSpec, int]:
         """Find every error that can be found without a Spark job."""

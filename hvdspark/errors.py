@@ -10,6 +10,7 @@
     │   ├── EmptyDatasetError
     │   ├── NullValueError
     │   ├── RaggedArrayError
+    │   ├── ValueRangeError
     │   └── CorruptDatasetError       a materialized dataset that is not whole
     ├── StoreError                    the Store cannot be read or written
     ├── LaunchError                   the ranks did not come up
@@ -115,6 +116,21 @@ class RaggedArrayError(DataError):
 
     column: str
     lengths: tuple[int, int]
+
+
+class ValueRangeError(DataError):
+    """A column has values that the type the model takes cannot hold.
+
+    Attributes
+    ----------
+    column : str
+        Name of the column.
+    dtype : str
+        The type that is too small.
+    """
+
+    column: str
+    dtype: str
 
 
 class CorruptDatasetError(DataError):

@@ -49,7 +49,8 @@ class TensorSpec:
     dtype
         NumPy dtype that the model wants; ``None`` keeps the columns' own.
     preferred_shape
-        Where the shape is not known yet: the one to give it should the columns turn out to be as wide.
+        Where the shape is not known yet: the one to give it should the columns turn out to be as wide; one axis may be
+        -1, for whatever is left.
     """
 
     columns: tuple[str, ...]
@@ -61,6 +62,14 @@ class TensorSpec:
     def size(self) -> int | None:
         """Values per row, where the shape is known."""
         return None if self.shape is None else math.prod(self.shape)
+
+    def shape_for(self, size: int) -> tuple[int, ...] | None:
+        """Return the preferred shape for that many values per row, or ``None`` where they do not fill it."""
+        if self.preferred_shape is None:
+            return None
+        fixed = math.prod(axis for axis in self.preferred_shape if axis != -1)
+        shape = tuple(size // max(fixed, 1) if axis == -1 else axis for axis in self.preferred_shape)
+        return shape if math.prod(shape) == size else None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from hvdspark.errors import NullValueError, RaggedArrayError
+from hvdspark.errors import NullValueError, RaggedArrayError, ValueRangeError
 from hvdspark.plan import ColumnSpec, TensorSpec
 
 # How Spark stores its ML vectors: VectorUDT.sqlType() in pyspark.ml.linalg. type 0 is sparse, 1 is dense.
@@ -67,7 +67,41 @@ def to_block(column: pa.Array, spec: ColumnSpec) -> Block:
         block = _primitive(values).reshape(len(column), size)
     else:
         block = _primitive(column).reshape(len(column), 1)
-    return np.ascontiguousarray(block, dtype=spec.dtype)
+    return np.ascontiguousarray(cast(block, spec.dtype, spec.name))
+
+
+def cast(block: Block, dtype: str, column: str) -> Block:
+    """Give a block another dtype.
+
+    Raises
+    ------
+    ValueRangeError
+        When that cannot hold a value: an integer would wrap around, or a finite number become infinite.
+    """
+    target = np.dtype(dtype)
+    if block.dtype == target or not block.size:
+        return block.astype(target, copy=False)
+    fits = True
+    if target.kind in "iu" and block.dtype.kind in "iu" and not np.can_cast(block.dtype, target):
+        limits = np.iinfo(target)
+        fits = bool(block.min() >= limits.min and block.max() <= limits.max)
+    with np.errstate(over="ignore"):
+        narrowed = block.astype(target)
+    if target.kind == "f" and block.dtype.kind == "f" and target.itemsize < block.itemsize:
+        fits = bool(np.isfinite(narrowed).all()) or bool((np.isfinite(narrowed) == np.isfinite(block)).all())
+    if not fits:
+        raise out_of_range(column, dtype)
+    return narrowed
+
+
+def out_of_range(column: str, dtype: str) -> ValueRangeError:
+    """Make the error for a column whose values a type cannot hold."""
+    return ValueRangeError(
+        f"column '{column}' has values that {dtype} cannot hold, which is what the model takes; scale the column, or"
+        " give the model an input of a wider type",
+        column=column,
+        dtype=dtype,
+    )
 
 
 def _primitive(column: pa.Array) -> Block:
@@ -173,10 +207,10 @@ def fill_tensor(blocks: Mapping[str, Block], tensor: TensorSpec) -> Block:
     """Concatenate a tensor's columns and give them its dtype and shape, ``(rows, …)``."""
     parts = [blocks[name] for name in tensor.columns]
     if tensor.dtype is not None:
-        parts = [part.astype(tensor.dtype, copy=False) for part in parts]
+        parts = [cast(part, tensor.dtype, name) for part, name in zip(parts, tensor.columns, strict=True)]
     joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
     if tensor.shape is None:
-        return joined
+        return joined.reshape(len(joined), *(tensor.shape_for(joined.shape[1]) or (joined.shape[1],)))
     if joined.shape[1] != tensor.size:
         raise RaggedArrayError(
             f"column '{', '.join(tensor.columns)}' holds {joined.shape[1]} values per row, but the model takes"

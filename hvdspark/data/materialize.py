@@ -18,13 +18,15 @@ import logging
 import pickle
 import posixpath
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hvdspark.data.arrays import out_of_range
 from hvdspark.data.partitions import TRAIN, VAL, PartitionReport, PartitionWriter, Split
 from hvdspark.data.schema import NUMBERS
 from hvdspark.errors import CorruptDatasetError, EmptyDatasetError, NullValueError, RaggedArrayError
@@ -174,6 +176,8 @@ def _common_sizes(columns: Sequence[ColumnSpec], reports: Iterable[PartitionRepo
     for report in reports:
         for name, lengths in report.ragged.items():
             raise _ragged(name, lengths)
+        for name, dtype in report.too_large.items():
+            raise out_of_range(name, dtype)
         for name, size in report.sizes.items():
             if sizes.setdefault(name, size) != size:
                 raise _ragged(name, (sizes[name], size))
@@ -196,6 +200,15 @@ def _ragged(name: str, lengths: tuple[int, int]) -> RaggedArrayError:
     )
 
 
+def _unischema(fields: Sequence[Any]) -> Any:
+    """Make Petastorm's schema; it warns of names that are also attributes of its class, which nothing here uses."""
+    from hvdspark.data.petastorm_compat import Unischema
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Can not create dynamic property")
+        return Unischema("hvdspark", fields)
+
+
 def _write_petastorm_metadata(
     store: Store, folder: str, columns: Sequence[ColumnSpec], groups: Sequence[RowGroup]
 ) -> None:
@@ -210,7 +223,6 @@ def _write_petastorm_metadata(
         UNISCHEMA_KEY,
         NdarrayCodec,
         ScalarCodec,
-        Unischema,
         UnischemaField,
     )
 
@@ -228,7 +240,7 @@ def _write_petastorm_metadata(
         name = posixpath.basename(group.path)
         counts[name] = counts.get(name, 0) + 1
     metadata = {
-        UNISCHEMA_KEY: pickle.dumps(Unischema("hvdspark", fields)),
+        UNISCHEMA_KEY: pickle.dumps(_unischema(fields)),
         ROW_GROUPS_PER_FILE_KEY: json.dumps(counts).encode(),
     }
     sink = pa.BufferOutputStream()

@@ -6,6 +6,7 @@ can lie about and are never read.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import posixpath
@@ -19,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hvdspark.data.arrays import Block, count_nulls, pack, to_block
-from hvdspark.errors import NullValueError, RaggedArrayError
+from hvdspark.errors import NullValueError, RaggedArrayError, ValueRangeError
 from hvdspark.plan import ColumnSpec, RowGroup, StoreRef
 from hvdspark.store import Store
 
@@ -64,6 +65,7 @@ class PartitionReport:
     sizes: dict[str, int] = field(default_factory=dict)
     nulls: dict[str, int] = field(default_factory=dict)
     ragged: dict[str, tuple[int, int]] = field(default_factory=dict)
+    too_large: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Write the report as JSON text."""
@@ -75,7 +77,7 @@ class PartitionReport:
         data = json.loads(text)
         groups = {name: [RowGroup(**group) for group in found] for name, found in data["groups"].items()}
         ragged = {name: (first, second) for name, (first, second) in data["ragged"].items()}
-        return cls(data["partition"], groups, data["sizes"], data["nulls"], ragged)
+        return cls(data["partition"], groups, data["sizes"], data["nulls"], ragged, data["too_large"])
 
 
 @dataclass(frozen=True)
@@ -129,10 +131,13 @@ class PartitionWriter:
             except RaggedArrayError as exc:
                 report.ragged.setdefault(spec.name, exc.lengths)
                 continue
+            except ValueRangeError as exc:
+                report.too_large.setdefault(spec.name, exc.dtype)
+                continue
             if batch.num_rows:
                 report.sizes[spec.name] = blocks[spec.name].shape[1]
         # Empty arrays are refused once the sizes of all partitions are known.
-        unusable = report.nulls or report.ragged or 0 in report.sizes.values()
+        unusable = report.nulls or report.ragged or report.too_large or 0 in report.sizes.values()
         return None if unusable or not batch.num_rows else blocks
 
     def _held_out(self, batch: pa.RecordBatch, random: np.random.Generator, report: PartitionReport) -> Block:
@@ -184,8 +189,14 @@ class _SplitFile:
     def abort(self) -> None:
         """Drop an unfinished file; does nothing after :meth:`close`."""
         if self._stream is not None:
-            stream, self._stream, self._writer = self._stream, None, None
-            stream.close()
+            stream, writer = self._stream, self._writer
+            self._stream = self._writer = None
+            # Whatever closing meets, the file goes; but a writer that is left open complains when it is collected.
+            with contextlib.suppress(OSError, ValueError):
+                if writer is not None:
+                    writer.close()
+            with contextlib.suppress(OSError, ValueError):
+                stream.close()
             self._store.filesystem.rm_file(self._path)
 
     def _flush(self, rows: int) -> None:

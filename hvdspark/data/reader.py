@@ -67,6 +67,8 @@ class ShardReader(Reader):  # type: ignore[misc]
             [{"read": read} for read in reads],
             iterations=1,
             max_ventilation_queue_size=self._workers_pool.workers_count + 2,
+            # By default it looks every 10 ms whether there is room, which bounds the row groups per second.
+            ventilation_interval=0.001,
         )
         self.is_batched_reader = True
         self.num_epochs = 1

@@ -6,7 +6,6 @@ Everything here looks at the DataFrame's schema alone, so that bad input fails b
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -226,8 +225,16 @@ def _tensor(group: tuple[str, ...], specs: dict[str, ColumnSpec], wanted: ModelT
                 expected=wanted.dtype,
                 found=specs[name].dtype,
             )
-    shape = None if size is None else tuple(axis or 0 for axis in wanted.shape)
-    return TensorSpec(group, shape=shape, dtype=_numpy_dtype(wanted.dtype))
+    dtype = _numpy_dtype(wanted.dtype)
+    if size is not None:
+        return TensorSpec(group, tuple(axis or 0 for axis in wanted.shape), dtype)
+    if wanted.shape.count(None) > 1:
+        raise ParamError(
+            f"the model's input '{wanted.name}' has the shape {_show(wanted.shape)}: of a column of numbers only one"
+            " axis can be told. Give the model's input fixed axes but for one.",
+            param="model",
+        )
+    return TensorSpec(group, None, dtype, tuple(-1 if axis is None else axis for axis in wanted.shape))
 
 
 def _labels(
@@ -315,9 +322,17 @@ def resolve(batch: BatchSpec, columns: Sequence[ColumnSpec]) -> BatchSpec:
             )
         if tensor.shape is not None:
             return tensor
-        preferred = tensor.preferred_shape
-        fits = preferred is not None and math.prod(preferred) == size
-        return dataclasses.replace(tensor, shape=preferred if fits else (size,))
+        shape = tensor.shape_for(size)
+        if shape is None and tensor.preferred_shape is not None and -1 in tensor.preferred_shape:
+            wanted = _show([None if axis == -1 else axis for axis in tensor.preferred_shape])
+            raise SchemaError(
+                f"the columns {', '.join(tensor.columns)} hold {size} values per row, which do not fill the model's"
+                f" shape {wanted}",
+                column=tensor.columns[0],
+                expected=f"a shape {wanted}",
+                found=f"{size} values",
+            )
+        return dataclasses.replace(tensor, shape=shape or (size,))
 
     return dataclasses.replace(
         batch,

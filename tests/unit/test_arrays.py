@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 
 from hvdspark.data import petastorm_compat  # noqa: F401  (must come before petastorm)
 from hvdspark.data.arrays import VECTOR_TYPE, fill_tensor, from_array, pack, to_block, unpack
-from hvdspark.errors import NullValueError, RaggedArrayError
+from hvdspark.errors import NullValueError, RaggedArrayError, ValueRangeError
 from hvdspark.plan import ColumnSpec, TensorSpec
 
 # isort: split
@@ -255,3 +255,16 @@ def test_vector_outputs_are_dense_spark_vectors(values: Block) -> None:
     assert column.type == VECTOR_TYPE
     found = to_block(column, ColumnSpec("v", "vector", "float64", values.shape[1]))
     assert same_bits(found, values.astype("float64"))
+
+
+def test_whole_numbers_that_do_not_fit_the_models_type_are_refused_instead_of_wrapped_around() -> None:
+    tensor = TensorSpec(("a",), (1,), "int32")
+    fits = np.array([[-(2**31)], [2**31 - 1]], dtype="int64")
+    assert fill_tensor({"a": fits}, tensor).tolist() == fits.tolist()
+    with pytest.raises(ValueRangeError, match=r"'a' has values that int32 cannot hold"):
+        fill_tensor({"a": fits + 1}, tensor)
+
+
+def test_an_open_axis_takes_what_the_others_leave() -> None:
+    tensor = TensorSpec(("a",), None, "float32", (-1, 2))
+    assert fill_tensor({"a": np.zeros((3, 8))}, tensor).shape == (3, 4, 2)

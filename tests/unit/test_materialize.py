@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickle
 import shutil
@@ -27,7 +28,7 @@ from hvdspark.data.materialize import DATASETS, MANIFEST, load_manifest, materia
 from hvdspark.data.partitions import TRAIN, VAL, Split
 from hvdspark.data.reader import ShardReader, read_group
 from hvdspark.data.shards import plan_shards, reads_of
-from hvdspark.errors import CorruptDatasetError, EmptyDatasetError, NullValueError, RaggedArrayError
+from hvdspark.errors import CorruptDatasetError, EmptyDatasetError, NullValueError, RaggedArrayError, ValueRangeError
 from hvdspark.plan import ColumnSpec, GroupRead, Manifest
 
 Block = npt.NDArray[Any]
@@ -178,7 +179,6 @@ def test_columns_that_are_not_asked_for_are_not_stored(write_dataset: Write) -> 
 
 
 @pytest.mark.parametrize("name", ["a.b", "a b", "a`b", "größe", "_c0", "class", "a/b", "'", "x.y.z", "a[0]", "fields"])
-@pytest.mark.filterwarnings("ignore:Can not create dynamic property fields:UserWarning:petastorm.unischema")
 def test_columns_may_have_any_name(write_dataset: Write, name: str) -> None:
     columns = [ColumnSpec(name, "scalar", "int64"), ColumnSpec("a", "array", "float32", None)]
     written = write_dataset(columns, [[batch(**{name: [1, 2], "a": [[1.0, 2.0], [3.0, 4.0]]})]])
@@ -345,7 +345,6 @@ def test_rows_that_are_refused_leave_nothing_in_the_store(
 
 
 # The writer that is dropped tries to write its end when it is collected.
-@pytest.mark.filterwarnings("ignore:Exception ignored in.*ParquetWriter:pytest.PytestUnraisableExceptionWarning")
 def test_a_disk_that_is_full_leaves_no_file(
     tmp_path: Path, arrow_frame: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -619,3 +618,11 @@ def test_a_remote_store_holds_the_same_rows(arrow_frame: Callable[..., Any], url
     with ShardReader(store, dataset, manifest.columns, reads_of(plan, 0), workers=1) as reader:
         assert joined(iter(reader))["x"].ravel().tolist() == [1, 2, 3]
     store.delete(DATASETS)
+
+
+def test_doubles_that_float32_cannot_hold_are_refused_and_infinities_are_kept(write_dataset: Write) -> None:
+    narrowed = ColumnSpec("a", "scalar", "float32")
+    kept = write_dataset([narrowed], [[batch(a=[1.0, math.inf, -math.inf])]])
+    assert joined(read_all(kept, TRAIN))["a"].ravel().tolist() == [1.0, math.inf, -math.inf]
+    with pytest.raises(ValueRangeError, match=r"'a' has values that float32 cannot hold.*scale the column"):
+        write_dataset([narrowed], [[batch(a=[1.0])], [batch(a=[1e300])]])

@@ -355,3 +355,14 @@ def test_the_same_name_twice_is_refused() -> None:
     schema = T.StructType([T.StructField("a", T.LongType()), T.StructField("a", T.DoubleType())])
     with pytest.raises(SchemaError, match=r"'a'"):
         column_spec(schema, "a")
+
+
+def test_an_open_axis_of_an_input_is_told_by_the_columns() -> None:
+    open_input = ModelTensor("x", (None, 2), "float32")
+    columns, batch = check_columns(SCHEMA, feature_cols=["known"], inputs=[open_input])
+    assert resolve(batch, columns).features[0].shape == (2, 2)
+    columns, batch = check_columns(SCHEMA, feature_cols=["f32"], inputs=[open_input])
+    with pytest.raises(SchemaError, match=r"f32 hold 1 values per row, which do not fill the model's shape \(\?, 2\)"):
+        resolve(batch, columns)
+    with pytest.raises(ParamError, match=r"only one axis can be told"):
+        check_columns(SCHEMA, feature_cols=["known"], inputs=[ModelTensor("x", (None, None), "float32")])
