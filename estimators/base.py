@@ -274,7 +274,7 @@ class HorovodModel(Model, ModelParams, abc.ABC):
 
     @property
     def rows_per_s(self) -> float:
-        """Training rows per second over all ranks; zero for a model that was loaded."""
+        """Training rows per second over all ranks, without validation and the first epoch; zero after loading."""
         return self._rows_per_s
 
     @property

@@ -35,7 +35,7 @@ def global_metrics(model: keras.Model, session: Session, rows: int, name: str) -
     A metric class of the user's own that derives from nothing but ``keras.metrics.Metric`` may keep anything; of such
     a one the results are averaged over the ranks, weighted by rows.
     """
-    local = _results(model)
+    local = current_metrics(model)
     variables = [variable for metric in model.metrics for variable in metric.variables]
     states = [np.asarray(variable, dtype=np.float64).reshape(-1) for variable in variables]
     own = [key for key in local if _is_own_kind(key, model)]
@@ -45,14 +45,14 @@ def global_metrics(model: keras.Model, session: Session, rows: int, name: str) -
     for variable, state in zip(variables, states, strict=True):
         variable.assign(sums[start : start + len(state)].reshape(variable.shape).astype(variable.dtype))
         start += len(state)
-    results = _results(model)
+    results = current_metrics(model)
     totals = sums[start:]
     results.update({key: float(total / totals[-1]) for key, total in zip(own, totals[:-1], strict=True)})
     return results
 
 
-def _results(model: keras.Model) -> dict[str, float]:
-    """Return all metrics as numbers; those of several values are left out, as a history does not take them."""
+def current_metrics(model: keras.Model) -> dict[str, float]:
+    """Return this rank's metrics as numbers; those of several values are left out, as a history does not take them."""
     values = {key: np.asarray(value) for key, value in model.get_metrics_result().items()}
     return {key: float(value.item()) for key, value in values.items() if value.size == 1}
 

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 from hvdspark.estimators.keras import codec
 from hvdspark.estimators.keras.batches import ENDLESS, Batches, packer
-from hvdspark.estimators.keras.metrics import global_metrics
+from hvdspark.estimators.keras.metrics import current_metrics, global_metrics
 from hvdspark.estimators.keras.optimizer import GradientReducer, LearningRateScale, StepRows
 from hvdspark.estimators.keras.spec import KerasSpec
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 STEPS_PER_CALL = 32
 
 # Callbacks that write files; on other ranks than the first they would write the same files at the same time.
-_WRITERS = ("ModelCheckpoint", "TensorBoard", "CSVLogger", "BackupAndRestore", "SwapEMAWeights", "RemoteMonitor")
+_WRITERS = ("ModelCheckpoint", "TensorBoard", "CSVLogger", "BackupAndRestore", "RemoteMonitor")
 
 _BATCH_HOOKS = ("on_train_batch_begin", "on_train_batch_end", "on_batch_begin", "on_batch_end")
 
@@ -119,7 +119,7 @@ class _Training:
     def _diverge(self) -> None:
         """Let ranks differ from here on where chance is wanted, as in dropout and in the user's own code."""
         rank = self._session.context.rank
-        keras.utils.set_random_seed(self._plan.seed + rank)
+        keras.utils.set_random_seed((self._plan.seed + rank) % 2**32)
         for variable in self._model.variables:
             # Keras keeps the state of a layer's generator as (seed, counter), a variable that is no weight.
             if variable.path.endswith("seed_generator_state"):
@@ -150,6 +150,7 @@ class _Training:
         iterator = iter(self._batches.steps(self._pack, passes, self._spec.passes_per_step))
         clock = _RowClock()
         step = 0
+        logs: dict[str, float] = {}
         self._model.stop_training = False
         callbacks.on_train_begin()
         for epoch in range(plan.epochs):
@@ -169,8 +170,15 @@ class _Training:
             if session.any(bool(self._model.stop_training), "hvdspark_stop"):
                 self._model.stop_training = True
                 break
-        callbacks.on_train_end()
+        self._finish(callbacks, logs)
         return dict(self._history.history), clock.rows_per_s
+
+    def _finish(self, callbacks: Any, logs: Mapping[str, float]) -> None:
+        """Let the optimizer and the callbacks have their last word on the weights, as restoring the best ones is."""
+        self._model.optimizer.finalize_variable_values(self._model.trainable_variables)
+        callbacks.on_train_end(logs)
+        if self._session.is_first:
+            self._checkpoints.save_last(self._serialize())
 
     def _average_statistics(self) -> None:
         """Average what layers keep of the rows they saw, such as batch normalization's means, over the ranks."""
@@ -195,8 +203,7 @@ class _Training:
             callbacks.on_train_batch_begin(step)
             self._train_steps(iterator, tf.constant(count))
             if self._watches_batches:
-                logs = {name: float(value) for name, value in self._model.get_metrics_result().items()}
-                callbacks.on_train_batch_end(step + count - 1, logs)
+                callbacks.on_train_batch_end(step + count - 1, current_metrics(self._model))
         shards, rank = self._plan.train, self._session.context.rank
         return sum(shards.rows_at(rank, step % shards.steps) for step in range(first, first + steps))
 

@@ -12,6 +12,7 @@ import collections
 import contextlib
 import logging
 import os
+import re
 import select
 import signal
 import struct
@@ -33,6 +34,9 @@ RESULT_FD = "HVDSPARK_RESULT_FD"
 READY, DONE, FAILED = b"R", b"D", b"F"
 
 TAIL_LINES = 50
+
+# What TensorFlow prints whenever it starts, whatever its log level; the last lines of an error have better to say.
+_NOISE = re.compile(r"absl::InitializeLog|oneDNN custom operations are on")
 
 FailureKind = Literal["user", "peer", "died", "meet", "start", "late"]
 
@@ -234,7 +238,8 @@ def _pump(stream: IO[bytes], context: RankContext, log: IO[bytes] | None, tail: 
     """Copy the process's output line by line to its log, each line with the rank before it."""
     for line in stream:
         text = line.decode(errors="replace").rstrip("\n")
-        tail.append(text)
+        if not _NOISE.search(text):
+            tail.append(text)
         if log is not None and not _write_lines(log, context, [text]):
             log = None
 

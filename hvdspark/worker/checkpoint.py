@@ -85,9 +85,13 @@ class Checkpoints:
             When the metric to go by is not among them (naming those that are).
         """
         data = serialize()
-        self._store.publish_bytes(data, self._path("last"))
+        self.save_last(data)
         if self._best_of is not None and self._improves(logs):
             self._store.publish_bytes(data, self._path("best"))
+
+    def save_last(self, data: bytes) -> None:
+        """Keep a model as the last one."""
+        self._store.publish_bytes(data, self._path("last"))
 
     def publish(self) -> str:
         """Make the kept model the run's result; returns its path, relative to the Store."""

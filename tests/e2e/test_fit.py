@@ -314,15 +314,18 @@ def test_the_best_epoch_is_kept_where_that_is_wanted(spark: SparkSession, store:
         return rate if epoch < 2 else 50.0
 
     df = frame(spark, linear_rows(500)).cache()
-    settings = {
+    settings: dict[str, Any] = {
         "epochs": 4,
         "optimizer": keras.optimizers.SGD(0.02),
         "scale_learning_rate": False,
         "callbacks": [keras.callbacks.LearningRateScheduler(explode)],
     }
     best = estimator(store, checkpoint_callback=BestOf("loss"), **settings).fit(df)
+    restore = keras.callbacks.EarlyStopping(monitor="loss", patience=1, restore_best_weights=True)
+    restored = estimator(store, **{**settings, "callbacks": [*settings["callbacks"], restore]}).fit(df)
     last = estimator(store, **settings).fit(df)
     assert rmse(best.transform(df)) < 2
+    assert rmse(restored.transform(df)) < 2
     assert not rmse(last.transform(df)) < 10
 
 
@@ -377,7 +380,7 @@ def test_a_model_that_learns_its_shape_from_the_rows(spark: SparkSession, store:
 
 def test_cross_validation_picks_the_better_learning_rate(spark: SparkSession, store: Store) -> None:
     df = frame(spark, linear_rows(1200)).cache()
-    stage = estimator(store, epochs=3)
+    stage = estimator(store, epochs=3, num_proc=1)  # seven fits: one rank starts in half the time
     grid = ParamGridBuilder().addGrid(stage.learning_rate, [1e-6, 0.02]).build()
     evaluator = RegressionEvaluator(labelCol="y", predictionCol="y__output")
     found = CrossValidator(estimator=stage, estimatorParamMaps=grid, evaluator=evaluator, numFolds=2, seed=1).fit(df)
