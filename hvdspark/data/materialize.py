@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import logging
 import pickle
 import posixpath
 import uuid
@@ -35,8 +34,6 @@ from hvdspark.store import Store
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
-
-logger = logging.getLogger(__name__)
 
 DATASETS = "datasets"
 MANIFEST = "manifest.json"

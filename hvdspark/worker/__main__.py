@@ -13,6 +13,8 @@ from typing import BinaryIO, NoReturn
 
 import cloudpickle
 
+from hvdspark.launch.child import DONE, FAILED, FRAME, READY, RESULT_FD
+
 # What horovod raises in a rank whose peers are gone; named, so that horovod need not be imported to know it.
 _PEER_ERRORS = frozenset({"HorovodInternalError", "HostsUpdatedInterrupt"})
 # TensorFlow wraps the same into its own errors.
@@ -38,19 +40,19 @@ def main() -> NoReturn:
 def _run(payload: bytes) -> bool:
     try:
         job = cloudpickle.loads(payload)
-        _answer(b"R")
+        _answer(READY)
         result = cloudpickle.dumps(job.call())
     except BaseException as exc:  # noqa: BLE001 - whatever it is, the driver must hear of it
         kind = "peer" if _is_peer_error(exc) else "user"
-        _answer(b"F", "\0".join((kind, _one_line(exc), _users_traceback(exc))).encode())
+        _answer(FAILED, "\0".join((kind, _one_line(exc), _users_traceback(exc))).encode())
         return False
-    _answer(b"D", result)
+    _answer(DONE, result)
     return True
 
 
 def _answer(status: bytes, body: bytes = b"") -> None:
-    view = memoryview(struct.pack(">cQ", status, len(body)) + body)
-    descriptor = int(os.environ["HVDSPARK_RESULT_FD"])
+    view = memoryview(FRAME.pack(status, len(body)) + body)
+    descriptor = int(os.environ[RESULT_FD])
     while view:
         view = view[os.write(descriptor, view) :]
 
