@@ -11,33 +11,27 @@ import abc
 import dataclasses
 import hashlib
 import logging
-import time
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import cloudpickle
+from hvdspark.estimators.fitting import Fit
+from hvdspark.estimators.outputs import planned_outputs
 from hvdspark.estimators.params import EstimatorParams, ModelParams
 from pyspark.ml import Estimator, Model
 from pyspark.sql.types import StructType
 
 from hvdspark.data import schema
-from hvdspark.data.materialize import materialize
-from hvdspark.data.partitions import TRAIN, VAL, Split
-from hvdspark.data.shards import plan_shards
 from hvdspark.errors import ModelFormatError, ParamError
-from hvdspark.launch.barrier import LaunchOptions, check_slots, count_slots, run_barrier
-from hvdspark.plan import BatchSpec, ColumnSpec, FitPlan, Manifest, ModelTensor, TrainResult
-from hvdspark.predict import OutputColumn, ScorePlan, output_columns, score, scored_schema
+from hvdspark.launch.barrier import LaunchOptions
+from hvdspark.plan import BatchSpec, ColumnSpec, FitPlan, ModelTensor, TrainResult
+from hvdspark.predict import OutputColumn, ScorePlan, score, scored_schema
 from hvdspark.store import Store
 from hvdspark.worker.checkpoint import run_folder
 from hvdspark.worker.job import Job
 
 if TYPE_CHECKING:
     from pyspark import Broadcast, SparkContext
-    from pyspark.sql import DataFrame, SparkSession
+    from pyspark.sql import DataFrame
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +63,7 @@ class HorovodEstimator(Estimator, EstimatorParams, abc.ABC):  # type: ignore[typ
         """Wrap the trained model's file."""
 
     def _fit(self, dataset: DataFrame) -> HorovodModel:
-        return _Fit(self._converted(), dataset).run()
+        return Fit(self._converted(), dataset).run()
 
     def _batch(self, frame_schema: StructType) -> tuple[tuple[ColumnSpec, ...], BatchSpec]:
         inputs, outputs = self._describe()
@@ -101,130 +95,6 @@ class HorovodEstimator(Estimator, EstimatorParams, abc.ABC):  # type: ignore[typ
             store=store.ref(),
             logs=f"{run_folder(run_id)}/logs",
         )
-
-
-class _Fit:
-    """One fit: its plan, its run folder and the time each phase took."""
-
-    def __init__(self, estimator: HorovodEstimator, df: DataFrame) -> None:
-        self._estimator = estimator
-        self._df = df
-        self._phases: dict[str, float] = {}
-        self._run_id = estimator._value("run_id") or new_run_id(estimator._kind)
-
-    def run(self) -> HorovodModel:
-        estimator, session = self._estimator, self._df.sparkSession
-        with self._timed("check"):
-            store, columns, batch, num_proc = self._check(session)
-        with self._timed("write"):
-            dataset, manifest = materialize(self._df, columns, self._split(), store)
-        try:
-            plan = self._plan(store, dataset, manifest, batch, num_proc)
-            self._say(
-                f"{manifest.rows(TRAIN)} training and {manifest.rows(VAL)} validation rows, {num_proc} ranks,"
-                f" {plan.train.steps} steps per epoch"
-            )
-            with self._timed("launch"):
-                options = estimator._launch_options(self._run_id, store)
-                payload = cloudpickle.dumps(estimator._job(plan))
-                answers = run_barrier(session, num_proc, payload, options)
-        finally:
-            self._drop(store, dataset)
-        # The answer came through Spark's own channel from a process that this fit started.
-        result: TrainResult = cloudpickle.loads(answers[0])
-        with self._timed("publish"):
-            model = estimator._make_model(store.read_bytes(result.model_path), result)
-        self._account(result)
-        model._resetUid(estimator.uid)
-        estimator._copyValues(model)
-        model._set(run_id=self._run_id)
-        model._phases = dict(self._phases)
-        self._say("phases: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self._phases.items()))
-        return model
-
-    def _drop(self, store: Store, dataset: str) -> None:
-        """Delete the dataset; that must not hide what else went wrong, nor lose a model that was trained."""
-        try:
-            store.delete(dataset)
-        except OSError as exc:
-            logger.warning("%s: cannot delete %s: %s", self._run_id, store.url_of(dataset), exc)
-
-    def _check(self, session: SparkSession) -> tuple[Store, tuple[ColumnSpec, ...], BatchSpec, int]:
-        """Find every error that can be found without a Spark job."""
-        estimator = self._estimator
-        estimator._check()
-        store = estimator._required("store")
-        if not isinstance(store, Store):
-            raise ParamError(
-                f"store={store!r} is a {type(store).__name__}; give hvdspark.Store.create('/shared/folder')",
-                param="store",
-            )
-        columns, batch = estimator._batch(self._df.schema)
-        _, outputs = estimator._describe()
-        if outputs is not None:
-            # What transform would refuse is found out now, not after the training.
-            scored_schema(StructType(), planned_outputs(estimator, outputs))
-        schema.split_condition(self._df.schema, estimator._value("validation"))
-        num_proc = estimator._value("num_proc") or count_slots(session)
-        check_slots(session, num_proc, estimator._launch_options(self._run_id, store).slots_timeout_s)
-        store.check_writable()
-        if store.exists(run_folder(self._run_id)):
-            raise ParamError(
-                f"run_id='{self._run_id}' exists already in {store}; give another one, or none for a new one",
-                param="run_id",
-            )
-        return store, columns, batch, num_proc
-
-    def _split(self) -> Split:
-        validation = self._estimator._value("validation")
-        seed = self._estimator._value("random_seed")
-        if isinstance(validation, str):
-            return Split(column=validation, seed=seed)
-        return Split(fraction=validation or 0.0, seed=seed)
-
-    def _plan(self, store: Store, dataset: str, manifest: Manifest, batch: BatchSpec, num_proc: int) -> FitPlan:
-        value = self._estimator._value
-        shuffle, seed, batch_rows = value("shuffle"), value("random_seed"), value("batch_size")
-        train = plan_shards(manifest.splits[TRAIN], num_proc, batch_rows, keep_order=not shuffle, seed=seed)
-        val = None
-        if manifest.rows(VAL):
-            val_rows = value("val_batch_size") or batch_rows
-            val = plan_shards(manifest.splits[VAL], num_proc, val_rows, keep_order=False, seed=seed)
-        return FitPlan(
-            run_id=self._run_id,
-            store=store.ref(),
-            dataset=dataset,
-            columns=manifest.columns,
-            batch=schema.resolve(batch, manifest.columns),
-            train=train,
-            val=val,
-            epochs=value("epochs"),
-            shuffle=shuffle,
-            seed=seed,
-            reader_workers=value("train_reader_num_workers"),
-            cache_in_memory=value("inmemory_cache_all"),
-            train_steps_per_epoch=value("train_steps_per_epoch"),
-            validation_steps_per_epoch=value("validation_steps_per_epoch"),
-        )
-
-    def _account(self, result: TrainResult) -> None:
-        """Split the stage's time into what the launch cost and what the ranks did."""
-        in_rank = sum(result.phases.values())
-        publish = self._phases.pop("publish")
-        self._phases["launch"] = max(0.0, self._phases["launch"] - in_rank)
-        for name, seconds in result.phases.items():
-            self._phases[name] = self._phases.get(name, 0.0) + seconds
-        self._phases["publish"] = self._phases.get("publish", 0.0) + publish
-
-    def _say(self, text: str) -> None:
-        if self._estimator._value("verbose"):
-            logger.info("%s: %s", self._run_id, text)
-
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._phases[phase] = time.perf_counter() - start
 
 
 class HorovodModel(Model, ModelParams, abc.ABC):
@@ -313,31 +183,6 @@ class HorovodModel(Model, ModelParams, abc.ABC):
             loader=self._loader,
             key=key,
         )
-
-
-def planned_outputs(params: ModelParams, outputs: Sequence[ModelTensor]) -> tuple[OutputColumn, ...]:
-    """Decide the columns that a model's outputs become, by the parameters of the model or of its estimator.
-
-    Raises
-    ------
-    ParamError
-        When names, types and outputs do not go together.
-    """
-    names = params._value("output_cols")
-    if names is None:
-        names = [f"{label}__output" for label in params._value("label_cols") or ()]
-    kinds = params._value("output_types") or [None] * len(names)
-    if len(kinds) != len(names):
-        raise ParamError(
-            f"output_types has {len(kinds)} entries for {len(names)} output columns; give one per column",
-            param="output_types",
-        )
-    return output_columns(names, outputs, kinds)
-
-
-def new_run_id(kind: str) -> str:
-    """Make a run id that sorts by time."""
-    return f"{kind}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:8]}"
 
 
 def tensors_to_json(tensors: Sequence[ModelTensor]) -> list[dict[str, Any]]:

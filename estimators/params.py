@@ -348,6 +348,11 @@ class EstimatorParams(ModelParams):
         "keep a rank's decoded rows in memory after the first epoch",
         boolean("inmemory_cache_all"),
     )
+    keep_dataset = param(
+        "keep_dataset",
+        "keep the written rows in the Store, for later fits on the same DataFrame",
+        boolean("keep_dataset"),
+    )
     use_gpu = param("use_gpu", "train on GPUs where there are any", boolean("use_gpu"))
     controller = param("controller", "control plane of Horovod", one_of("controller", CONTROLLERS))
     start_timeout = param(

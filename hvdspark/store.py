@@ -6,11 +6,13 @@ not at all, also when the writer dies half-way.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import posixpath
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from fsspec.core import url_to_fs
 
 from hvdspark.errors import ParamError, StoreError, closest
 from hvdspark.plan import StoreRef
+from hvdspark.shelf import Removed, collect
 
 # Schemes as Hadoop spells them, and what fsspec calls the same file system.
 _HADOOP_SCHEMES = {"s3a": "s3", "s3n": "s3", "wasb": "abfs", "wasbs": "abfs"}
@@ -41,6 +44,9 @@ class Store:
     storage_options
         Passed to fsspec, for instance ``{"endpoint_url": …}``. They travel to the ranks, but are never written
         to the Store or into saved estimators; prefer credentials from the environment.
+    max_dataset_bytes, max_dataset_age_s
+        How much the datasets that fits leave for later ones may hold together, and seconds without use after which
+        they go; see :meth:`gc`.
 
     Examples
     --------
@@ -49,8 +55,17 @@ class Store:
     '/tmp/experiments'
     """
 
-    def __init__(self, url: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        storage_options: Mapping[str, Any] | None = None,
+        *,
+        max_dataset_bytes: float = 100 << 30,
+        max_dataset_age_s: float = 7 * 86400,
+    ) -> None:
         self._options = dict(storage_options or {})
+        self._max_dataset_bytes = max_dataset_bytes
+        self._max_dataset_age_s = max_dataset_age_s
         self.url = _normalize(os.fspath(url))
         try:
             self._fs, self._root = url_to_fs(self.url, **self._options)
@@ -60,9 +75,11 @@ class Store:
             raise StoreError(f"cannot open the Store '{self.url}': {exc}.{hint}", url=self.url) from exc
 
     @classmethod
-    def create(cls, prefix_path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Store:
+    def create(
+        cls, prefix_path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None, **limits: float
+    ) -> Store:
         """Open a Store, as ``horovod.spark``'s ``Store.create`` does; see the class for the parameters."""
-        return cls(prefix_path, storage_options)
+        return cls(prefix_path, storage_options, **limits)
 
     @classmethod
     def from_ref(cls, ref: StoreRef) -> Store:
@@ -145,6 +162,14 @@ class Store:
         except OSError as exc:
             raise StoreError(f"cannot read {self.url_of(*parts)}: {exc}", url=self.url_of(*parts)) from exc
 
+    def read_json(self, *parts: str) -> dict[str, Any] | None:
+        """Read a JSON object; ``None`` where there is no such file, or something else is in it."""
+        try:
+            found = json.loads(self.read_bytes(*parts))
+        except (StoreError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
     def publish_bytes(self, data: bytes, *parts: str) -> None:
         """Write a file atomically, replacing one of the same name.
 
@@ -198,6 +223,34 @@ class Store:
             self._fs.rm(self.path(*parts), recursive=True)
         except FileNotFoundError:
             return
+
+    def delete_if_empty(self, *parts: str) -> None:
+        """Remove a folder that has nothing in it; one that is not empty, or absent, stays as it is."""
+        with contextlib.suppress(OSError, NotImplementedError):
+            self._fs.rmdir(self.path(*parts))
+
+    def gc(
+        self, max_bytes: float | None = None, max_age_s: float | None = None, *, dry_run: bool = False
+    ) -> Sequence[Removed]:
+        """Remove datasets that earlier fits left: those not used for long, and the oldest where they are too many.
+
+        Every fit that writes a dataset does this by itself. Datasets that a fit uses stay, and so do runs and models.
+
+        Parameters
+        ----------
+        max_bytes, max_age_s
+            As for the class; by default the Store's own limits. ``max_bytes=0`` removes all that no fit uses.
+        dry_run
+            Only say what would go.
+
+        Returns
+        -------
+        sequence of Removed
+            Folder, size and reason of what went, or would go.
+        """
+        max_bytes = self._max_dataset_bytes if max_bytes is None else max_bytes
+        max_age_s = self._max_dataset_age_s if max_age_s is None else max_age_s
+        return collect(self, max_bytes, max_age_s, dry_run=dry_run)
 
     def check_writable(self) -> None:
         """Write and remove a small file, to find out before a job what would fail after it.

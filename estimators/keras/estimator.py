@@ -69,6 +69,9 @@ class KerasEstimator(HorovodEstimator, Persistable):
         Whether rows are shuffled anew in every epoch; without, all ranks together go through the rows in order.
     random_seed
         Seed of the split, of the order and of the ranks.
+    keep_dataset
+        Whether the rows stay in the Store for later fits on the same DataFrame (see :meth:`hvdspark.Store.gc`), or go
+        when the fit ends.
     output_cols, output_types
         Names and types of the columns that the model appends.
     controller, nics, start_timeout, backend_env, use_gpu
@@ -142,6 +145,7 @@ class KerasEstimator(HorovodEstimator, Persistable):
         transform_batch_size: int | None = None,
         train_reader_num_workers: int | None = None,
         inmemory_cache_all: bool | None = None,
+        keep_dataset: bool | None = None,
         use_gpu: bool | None = None,
         controller: str | None = None,
         nics: Sequence[str] | None = None,
@@ -163,6 +167,7 @@ class KerasEstimator(HorovodEstimator, Persistable):
             backward_passes_per_step=1,
             train_reader_num_workers=2,
             inmemory_cache_all=False,
+            keep_dataset=True,
             use_gpu=True,
             controller="gloo",
             start_timeout=120.0,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import pickle
 import posixpath
@@ -26,20 +27,36 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hvdspark.data.arrays import out_of_range
+from hvdspark.data.fingerprint import fingerprint
 from hvdspark.data.partitions import TRAIN, VAL, PartitionReport, PartitionWriter, Split
 from hvdspark.data.schema import NUMBERS
-from hvdspark.errors import CorruptDatasetError, EmptyDatasetError, NullValueError, RaggedArrayError
+from hvdspark.errors import CorruptDatasetError, EmptyDatasetError, NullValueError, RaggedArrayError, StoreError
 from hvdspark.plan import ColumnSpec, Manifest, RowGroup
+from hvdspark.shelf import DATASETS
 from hvdspark.store import Store
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
-DATASETS = "datasets"
 MANIFEST = "manifest.json"
 
 
-def materialize(df: DataFrame, columns: Sequence[ColumnSpec], split: Split, store: Store) -> tuple[str, Manifest]:
+def dataset_key(df: DataFrame, columns: Sequence[ColumnSpec], split: Split) -> str | None:
+    """Return the digest of all that a dataset's content depends on, or ``None`` where that cannot be told.
+
+    It covers the query, the state of the files that it reads, the columns with their types, the split with its seed,
+    and the version of the format.
+    """
+    source = fingerprint(df)
+    if source is None:
+        return None
+    parts = [Manifest.VERSION, source, [dataclasses.asdict(column) for column in columns], dataclasses.asdict(split)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def materialize(
+    df: DataFrame, columns: Sequence[ColumnSpec], split: Split, store: Store, dataset: str | None = None
+) -> tuple[str, Manifest]:
     """Write a DataFrame's columns as a dataset in the Store.
 
     Parameters
@@ -52,20 +69,22 @@ def materialize(df: DataFrame, columns: Sequence[ColumnSpec], split: Split, stor
         Which rows are held out.
     store
         Where to write.
+    dataset
+        Folder of the dataset, relative to the Store, that does not exist; by default a new one.
 
     Returns
     -------
     dataset : str
-        Folder of the dataset, relative to the Store.
+        The folder.
     manifest : Manifest
         What it holds.
 
     Raises
     ------
-    EmptyDatasetError, NullValueError, RaggedArrayError
+    EmptyDatasetError, NullValueError, RaggedArrayError, ValueRangeError
         When the rows cannot be trained on; nothing stays in the Store then.
     """
-    dataset = posixpath.join(DATASETS, uuid.uuid4().hex)
+    dataset = dataset or posixpath.join(DATASETS, uuid.uuid4().hex)
     names = [column.name for column in columns]
     extra = [split.column] if split.column is not None and split.column not in names else []
     try:
@@ -78,6 +97,7 @@ def materialize(df: DataFrame, columns: Sequence[ColumnSpec], split: Split, stor
         manifest = _merge(columns, reports, split)
         for name, groups in manifest.splits.items():
             if groups:
+                _check_visible(store, dataset, name, groups)
                 _write_petastorm_metadata(store, posixpath.join(dataset, name), manifest.columns, groups)
         store.publish_bytes(manifest.to_json().encode(), dataset, MANIFEST)
     except BaseException:
@@ -86,6 +106,17 @@ def materialize(df: DataFrame, columns: Sequence[ColumnSpec], split: Split, stor
             store.delete(dataset)
         raise
     return dataset, manifest
+
+
+def _check_visible(store: Store, dataset: str, split: str, groups: Sequence[RowGroup]) -> None:
+    """Check that what the executors wrote is where this process sees it."""
+    missing = {group.path for group in groups} - {f"{split}/{name}" for name in store.list(dataset, split)}
+    if missing:
+        raise StoreError(
+            f"the executors wrote {store.url_of(dataset, min(missing))}, but the driver does not see it: {store.url} is"
+            " a folder of each machine's own. Give a Store on a file system that all of them share.",
+            url=store.url,
+        )
 
 
 def load_manifest(store: Store, dataset: str) -> Manifest:
@@ -98,8 +129,7 @@ def load_manifest(store: Store, dataset: str) -> Manifest:
     """
     if not store.exists(dataset, MANIFEST):
         raise CorruptDatasetError(
-            f"{store.url_of(dataset)} has no {MANIFEST}: it was not written to its end, or this machine does not see"
-            " the same Store as the one that wrote it"
+            f"{store.url_of(dataset)} has no {MANIFEST}: it was not written to its end, or hvdspark did not write it"
         )
     try:
         return Manifest.from_json(store.read_bytes(dataset, MANIFEST).decode())

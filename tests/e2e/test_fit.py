@@ -109,7 +109,6 @@ def test_a_pipeline_learns_and_its_saved_copy_predicts_the_same(
     assert sorted(store.list("runs", "learns")) == ["checkpoints", "logs", "model.keras"]
     assert store.list("runs", "learns", "logs") == ["rank-0.log", "rank-1.log"]
     assert "epoch 5/5" in store.read_bytes("runs", "learns", "logs", "rank-0.log").decode()
-    assert store.list("datasets") == []
     for was, now in zip(before, network.get_weights(), strict=True):
         np.testing.assert_array_equal(was, now)
 
@@ -402,8 +401,37 @@ def test_the_error_of_rank_1s_callback_arrives_by_name_and_leaves_no_dataset(spa
     with pytest.raises(WorkerFailedError, match=r"^rank 1 on .*: ZeroDivisionError: only on rank one") as caught:
         estimator(store, callbacks=[Fails()], run_id="fails").fit(df)
     assert "Logs of all ranks" in str(caught.value)
-    assert store.list("datasets") == []
     assert "only on rank one" in store.read_bytes("runs", "fails", "logs", "rank-1.log").decode()
+
+
+def test_the_same_dataframe_again_is_not_written_again_unless_its_source_changed(
+    spark: SparkSession, store: Store, tmp_path: Path
+) -> None:
+    source = str(tmp_path / "source")
+    context = spark.sparkContext
+
+    def jobs_of_a_fit(name: str, **overrides: Any) -> int:
+        context.setJobGroup(name, "a fit")
+        estimator(store, **{"num_proc": 1, "epochs": 1, **overrides}).fit(df)
+        jobs = len(context.statusTracker().getJobIdsForGroup(name))
+        context.setLocalProperty("spark.jobGroup.id", "")
+        return jobs
+
+    frame(spark, linear_rows(300)).write.parquet(source)
+    df = spark.read.parquet(source)
+    first = jobs_of_a_fit("first")
+    (dataset,) = store.list("datasets")
+    assert jobs_of_a_fit("again", epochs=2) == first - 1, "the stage of the ranks alone"
+    assert store.list("datasets") == [dataset]
+
+    frame(spark, linear_rows(200)).write.mode("overwrite").parquet(source)
+    df = spark.read.parquet(source)
+    assert jobs_of_a_fit("changed", keep_dataset=True) == first
+    assert len(store.list("datasets")) == 2
+    assert jobs_of_a_fit("not kept", keep_dataset=False) == first
+    assert len(store.list("datasets")) == 2
+    assert len(store.gc(max_bytes=0)) == 2
+    assert store.list("datasets") == []
 
 
 def bad_input(store: Store) -> list[tuple[dict[str, Any], type[Exception], str]]:

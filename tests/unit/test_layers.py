@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = {
     "hvdspark.errors": 0,
     "hvdspark.plan": 0,
+    "hvdspark.lease": 1,
+    "hvdspark.shelf": 1,
     "hvdspark.store": 1,
     "hvdspark.data": 2,
     "hvdspark.launch": 3,
@@ -25,6 +27,8 @@ LAYERS = {
     "hvdspark.estimators": 6,
     "hvdspark.estimators.params": 6,
     "hvdspark.estimators.keywords": 6,
+    "hvdspark.estimators.outputs": 6,
+    "hvdspark.estimators.fitting": 6,
     "hvdspark.estimators.base": 6,
     "hvdspark.estimators.persistence": 6,
     "hvdspark.estimators.keras": 7,

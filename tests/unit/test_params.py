@@ -42,6 +42,7 @@ GOOD: dict[str, tuple[Any, Any]] = {
     "train_steps_per_epoch": (100, 100),
     "validation_steps_per_epoch": (10, 10),
     "train_reader_num_workers": (4, 4),
+    "keep_dataset": (False, False),
     "inmemory_cache_all": (True, True),
     "use_gpu": (False, False),
     "controller": ("gloo", "gloo"),

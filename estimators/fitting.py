@@ -1,0 +1,184 @@
+"""One ``fit``: the way from a DataFrame to a trained model.
+
+::
+
+    parameters -> check the schema -> dataset -> shards -> barrier stage -> model file in the Store -> Model
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import cloudpickle
+from hvdspark.estimators.outputs import planned_outputs
+from pyspark.sql.types import StructType
+
+from hvdspark.data import schema
+from hvdspark.data.materialize import dataset_key, load_manifest, materialize
+from hvdspark.data.partitions import TRAIN, VAL, Split
+from hvdspark.data.shards import plan_shards
+from hvdspark.errors import ParamError, StoreError
+from hvdspark.launch.barrier import check_slots, count_slots, run_barrier
+from hvdspark.plan import BatchSpec, ColumnSpec, FitPlan, Manifest, TrainResult
+from hvdspark.predict import scored_schema
+from hvdspark.shelf import dataset_of
+from hvdspark.store import Store
+from hvdspark.worker.checkpoint import run_folder
+
+if TYPE_CHECKING:
+    from hvdspark.estimators.base import HorovodEstimator, HorovodModel
+    from pyspark.sql import DataFrame, SparkSession
+
+logger = logging.getLogger(__name__)
+
+
+class Fit:
+    """One fit: its plan, its run folder and the time each phase took.
+
+    Parameters
+    ----------
+    estimator
+        What to fit, with all its values converted.
+    df
+        The rows.
+    """
+
+    def __init__(self, estimator: HorovodEstimator, df: DataFrame) -> None:
+        self._estimator = estimator
+        self._df = df
+        self._phases: dict[str, float] = {}
+        self._run_id = estimator._value("run_id") or new_run_id(estimator._kind)
+
+    def run(self) -> HorovodModel:
+        """Fit, and return the model."""
+        estimator, session = self._estimator, self._df.sparkSession
+        with self._timed("check"):
+            store, columns, batch, num_proc = self._check(session)
+        with self._dataset(store, columns) as (dataset, manifest):
+            plan = self._plan(store, dataset, manifest, batch, num_proc)
+            self._say(
+                f"{manifest.rows(TRAIN)} training and {manifest.rows(VAL)} validation rows, {num_proc} ranks,"
+                f" {plan.train.steps} steps per epoch"
+            )
+            with self._timed("launch"):
+                options = estimator._launch_options(self._run_id, store)
+                payload = cloudpickle.dumps(estimator._job(plan))
+                answers = run_barrier(session, num_proc, payload, options)
+        # The answer came through Spark's own channel from a process that this fit started.
+        result: TrainResult = cloudpickle.loads(answers[0])
+        with self._timed("publish"):
+            model = estimator._make_model(store.read_bytes(result.model_path), result)
+        self._account(result)
+        model._resetUid(estimator.uid)
+        estimator._copyValues(model)
+        model._set(run_id=self._run_id)
+        model._phases = dict(self._phases)
+        self._say("phases: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self._phases.items()))
+        return model
+
+    @contextmanager
+    def _dataset(self, store: Store, columns: tuple[ColumnSpec, ...]) -> Iterator[tuple[str, Manifest]]:
+        """Find the dataset that an earlier fit wrote of the same rows, or write it."""
+        split = self._split()
+
+        def write(dataset: str) -> None:
+            with suppress(OSError, StoreError):
+                store.gc()
+            materialize(self._df, columns, split, store, dataset)
+
+        with ExitStack() as stack:
+            with self._timed("write"):
+                key = dataset_key(self._df, columns, split) if self._estimator._value("keep_dataset") else None
+                # Without a key nobody could find it again.
+                held = dataset_of(store, key or uuid.uuid4().hex, write, keep=key is not None)
+                dataset = stack.enter_context(held)
+                manifest = load_manifest(store, dataset)
+            yield dataset, manifest
+
+    def _check(self, session: SparkSession) -> tuple[Store, tuple[ColumnSpec, ...], BatchSpec, int]:
+        """Find every error that can be found without a Spark job."""
+        estimator = self._estimator
+        estimator._check()
+        store = estimator._required("store")
+        if not isinstance(store, Store):
+            raise ParamError(
+                f"store={store!r} is a {type(store).__name__}; give hvdspark.Store.create('/shared/folder')",
+                param="store",
+            )
+        columns, batch = estimator._batch(self._df.schema)
+        _, outputs = estimator._describe()
+        if outputs is not None:
+            # What transform would refuse is found out now, not after the training.
+            scored_schema(StructType(), planned_outputs(estimator, outputs))
+        schema.split_condition(self._df.schema, estimator._value("validation"))
+        num_proc = estimator._value("num_proc") or count_slots(session)
+        check_slots(session, num_proc, estimator._launch_options(self._run_id, store).slots_timeout_s)
+        store.check_writable()
+        if store.exists(run_folder(self._run_id)):
+            raise ParamError(
+                f"run_id='{self._run_id}' exists already in {store}; give another one, or none for a new one",
+                param="run_id",
+            )
+        return store, columns, batch, num_proc
+
+    def _split(self) -> Split:
+        validation = self._estimator._value("validation")
+        seed = self._estimator._value("random_seed")
+        if isinstance(validation, str):
+            return Split(column=validation, seed=seed)
+        return Split(fraction=validation or 0.0, seed=seed)
+
+    def _plan(self, store: Store, dataset: str, manifest: Manifest, batch: BatchSpec, num_proc: int) -> FitPlan:
+        value = self._estimator._value
+        shuffle, seed, batch_rows = value("shuffle"), value("random_seed"), value("batch_size")
+        train = plan_shards(manifest.splits[TRAIN], num_proc, batch_rows, keep_order=not shuffle, seed=seed)
+        val = None
+        if manifest.rows(VAL):
+            val_rows = value("val_batch_size") or batch_rows
+            val = plan_shards(manifest.splits[VAL], num_proc, val_rows, keep_order=False, seed=seed)
+        return FitPlan(
+            run_id=self._run_id,
+            store=store.ref(),
+            dataset=dataset,
+            columns=manifest.columns,
+            batch=schema.resolve(batch, manifest.columns),
+            train=train,
+            val=val,
+            epochs=value("epochs"),
+            shuffle=shuffle,
+            seed=seed,
+            reader_workers=value("train_reader_num_workers"),
+            cache_in_memory=value("inmemory_cache_all"),
+            train_steps_per_epoch=value("train_steps_per_epoch"),
+            validation_steps_per_epoch=value("validation_steps_per_epoch"),
+        )
+
+    def _account(self, result: TrainResult) -> None:
+        """Split the stage's time into what the launch cost and what the ranks did."""
+        in_rank = sum(result.phases.values())
+        publish = self._phases.pop("publish")
+        self._phases["launch"] = max(0.0, self._phases["launch"] - in_rank)
+        for name, seconds in result.phases.items():
+            self._phases[name] = self._phases.get(name, 0.0) + seconds
+        self._phases["publish"] = self._phases.get("publish", 0.0) + publish
+
+    def _say(self, text: str) -> None:
+        if self._estimator._value("verbose"):
+            logger.info("%s: %s", self._run_id, text)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._phases[phase] = time.perf_counter() - start
+
+
+def new_run_id(kind: str) -> str:
+    """Make a run id that sorts by time."""
+    return f"{kind}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:8]}"

@@ -1,0 +1,152 @@
+"""What a DataFrame's rows depend on, as a short text: the query, and the state of the files that it reads.
+
+DataFrames of one fingerprint hold the same rows. Where that cannot be told (a table behind JDBC, a text file read
+through an RDD, a query that asks for the date), there is none, and no rows of an earlier fit are used again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+
+logger = logging.getLogger(__name__)
+
+_PLAN = "org.apache.spark.sql.catalyst.plans.logical."
+_EXPRESSION = "org.apache.spark.sql.catalyst.expressions."
+_FILES = "org.apache.spark.sql.execution.datasources.LogicalRelation"
+_RDD = "org.apache.spark.sql.execution.LogicalRDD"
+
+# Nodes whose description says all that they do. Others (a user's functions, and what Spark may bring in future) do not:
+# their rows are known to be the same only where the DataFrame is the very same object.
+_TRANSPARENT = re.compile(
+    "Aggregate|Deduplicate|Distinct|Except|Expand|Filter|Generate|GlobalLimit|Intersect|Join|LocalLimit|LocalRelation"
+    "|Offset|OneRowRelation|Project|Range|Repartition|RepartitionByExpression|ResolvedHint|Sample|Sort|SubqueryAlias"
+    "|Tail|Union|View|Window"
+)
+_OPAQUE = re.compile(r"UD[AT]?F|^objects\.|Aggregator|Invoke|Reflect")
+
+# Different every time that it is run, or, for a subquery, with sources that are not among the query's own leaves.
+_CHANGING = re.compile(r"^Current(Date|Time)|^Now$|^LocalTimestamp|Subquery|^Exists$")
+
+# RDDs that hold what the driver gave them, or compute on another one.
+_LASTING_RDDS = frozenset({"ParallelCollectionRDD", "MapPartitionsRDD", "PythonRDD", "UnionRDD", "CoalescedRDD"})
+
+_FILE_STATUS = re.compile(r"path=(.*?); isDirectory=.*?; length=(\d+);.*? modification_time=(\d+);")
+
+
+def fingerprint(df: DataFrame) -> str | None:
+    """Describe what the rows of a DataFrame depend on.
+
+    Parameters
+    ----------
+    df
+        The DataFrame; no job is run for it, but its files are listed anew.
+
+    Returns
+    -------
+    str or None
+        64 hexadecimal digits. The same query over the same files has the same ones in every session; where the query
+        holds code, the same DataFrame object within its session. ``None`` where nobody can tell.
+    """
+    try:
+        found = _describe(df)
+    except Exception:
+        logger.debug("no fingerprint of the DataFrame", exc_info=True)
+        return None
+    return None if found is None else hashlib.sha256(found.encode()).hexdigest()
+
+
+def _describe(df: DataFrame) -> str | None:
+    execution: Any = df._jdf.queryExecution()
+    plan = execution.analyzed()
+    nodes = json.loads(plan.toJSON())
+    names = set(_classes(nodes))
+    if any(name.startswith(_EXPRESSION) and _CHANGING.search(name.removeprefix(_EXPRESSION)) for name in names):
+        return None
+    sources = []
+    for leaf in _items(plan.collectLeaves()):
+        source = _source(df, leaf)
+        if source is None:
+            return None
+        sources.append(source)
+    if _RDD in names or any(_is_opaque(name) for name in names):
+        # Spark numbers the queries of a driver.
+        query = f"{df.sparkSession.sparkContext.applicationId} {execution.id()}"
+    else:
+        query = json.dumps(_without_ids(nodes, {})) + plan.canonicalized().toString()
+    return "\n".join([query, *sources])
+
+
+def _classes(value: Any) -> Iterator[str]:
+    """Yield the class of every node and expression in a plan's JSON."""
+    if isinstance(value, dict):
+        if "class" in value and "num-children" in value:
+            yield value["class"]
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _classes(item)
+
+
+def _is_opaque(name: str) -> bool:
+    if name.startswith(_EXPRESSION):
+        return bool(_OPAQUE.search(name.removeprefix(_EXPRESSION)))
+    return name != _FILES and _TRANSPARENT.fullmatch(name.removeprefix(_PLAN)) is None
+
+
+def _without_ids(value: Any, numbers: dict[tuple[int, str], int]) -> Any:
+    """Give expressions numbers by their first appearance, as Spark's own differ from session to session."""
+    if isinstance(value, list):
+        return [_without_ids(item, numbers) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "jvmId" in value:
+        return numbers.setdefault((value["id"], value["jvmId"]), len(numbers))
+    return {key: _without_ids(item, numbers) for key, item in value.items() if key not in ("createTime", "desc")}
+
+
+def _source(df: DataFrame, leaf: Any) -> str | None:
+    """Describe the state of what a leaf of the query reads; ``None`` where that cannot be told."""
+    name = leaf.getClass().getName()
+    if name == _FILES:
+        return _files(df, leaf.relation())
+    if name == _RDD:
+        kinds = set(re.findall(r"(\w+RDD)\[", leaf.rdd().toDebugString()))
+        return name if kinds <= _LASTING_RDDS else None
+    if name == f"{_PLAN}LocalRelation":
+        return str(leaf.data().mkString("|"))
+    return name if name.removeprefix(_PLAN) in ("Range", "OneRowRelation", "CTERelationRef") else None
+
+
+def _files(df: DataFrame, relation: Any) -> str | None:
+    """Describe a relation's files as they are now: format, options, and path, size and time of each."""
+    if relation.getClass().getSimpleName() != "HadoopFsRelation":
+        return None
+    jvm: Any = df.sparkSession.sparkContext._jvm
+    datasources = jvm.org.apache.spark.sql.execution.datasources
+    nothing = jvm.scala.Option.empty()
+    no_cache = getattr(datasources, "NoopCache$").__getattr__("MODULE$")
+    # A listing of its own: the relation keeps the one of the time at which it was made.
+    listing = datasources.InMemoryFileIndex(
+        df.sparkSession._jsparkSession,
+        relation.location().rootPaths(),
+        relation.options(),
+        nothing,
+        no_cache,
+        nothing,
+        nothing,
+    )
+    files = sorted(_FILE_STATUS.findall(listing.allFiles().mkString("\n")))
+    what = (relation.fileFormat().toString(), relation.options().toString(), relation.schema().json())
+    return json.dumps([what, files]) if files else None
+
+
+def _items(sequence: Any) -> Iterator[Any]:
+    return (sequence.apply(index) for index in range(sequence.size()))

@@ -1,0 +1,189 @@
+"""Datasets in a Store under a key of what is in them, so that a fit finds what an earlier one wrote.
+
+::
+
+    datasets/<key>/<attempt>/      the files of one writing
+    datasets/<key>/entry.json      names the attempt that is whole; published last
+    datasets/<key>/used.json       when a fit last began to use it
+    datasets/<key>/leases/         who writes or reads it now, see hvdspark.lease
+
+A writer that dies leaves an attempt that no entry names, and a lease that nobody renews: it is never taken for whole,
+and :func:`collect` removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from hvdspark import lease
+
+if TYPE_CHECKING:
+    from hvdspark.store import Store
+
+logger = logging.getLogger(__name__)
+
+DATASETS = "datasets"
+
+_ENTRY, _USED = "entry.json", "used.json"
+_POLL_S = 0.5
+
+# One writer at a time among the threads of this process, as a CrossValidator with parallelism has them.
+_locks: dict[tuple[str, str], threading.Lock] = {}
+_locks_guard = threading.Lock()
+
+
+@contextlib.contextmanager
+def dataset_of(store: Store, key: str, write: Callable[[str], None], *, keep: bool = True) -> Iterator[str]:
+    """Find or write a dataset, and keep it from being removed for the time of a block.
+
+    Parameters
+    ----------
+    store
+        Where it is.
+    key
+        Digest of everything that its content depends on.
+    write
+        Writes the dataset into the folder that it is given (relative to the Store), and cleans up after itself when
+        that fails; called only where there is none.
+        Of several processes that want the same dataset at once one writes it, and the others wait.
+    keep
+        Whether it stays for later fits; otherwise it is removed after the block.
+
+    Yields
+    ------
+    str
+        The dataset's folder, relative to the Store.
+    """
+    folder = f"{DATASETS}/{key}"
+    try:
+        # The lease comes before the look at the entry: collect() looks at leases after it took the entry away.
+        with lease.held(store, folder, "reader"):
+            dataset = _find(store, folder) or _write_once(store, folder, write)
+            store.publish_bytes(json.dumps({"time": time.time()}).encode(), folder, _USED)
+            try:
+                yield dataset
+            finally:
+                if not keep:
+                    _discard(store, folder)
+    finally:
+        # Nothing is left of a writing that failed.
+        store.delete_if_empty(folder)
+
+
+def _find(store: Store, folder: str) -> str | None:
+    """Return the whole dataset of a key, where there is one."""
+    entry = store.read_json(folder, _ENTRY)
+    dataset = None if entry is None else f"{folder}/{entry['attempt']}"
+    return dataset if dataset is not None and store.exists(dataset) else None
+
+
+def _write_once(store: Store, folder: str, write: Callable[[str], None]) -> str:
+    with _locks_guard:
+        lock = _locks.setdefault((store.url, folder), threading.Lock())
+    with lock:
+        while (dataset := _find(store, folder)) is None and lease.is_held(store, folder, "writer"):
+            time.sleep(_POLL_S)
+        return dataset or _write(store, folder, write)
+
+
+def _write(store: Store, folder: str, write: Callable[[str], None]) -> str:
+    attempt = uuid.uuid4().hex[:12]
+    dataset = f"{folder}/{attempt}"
+    with lease.held(store, folder, "writer"):
+        write(dataset)
+        size_bytes = int(store.filesystem.du(store.path(dataset)))
+        entry = {"attempt": attempt, "size_bytes": size_bytes, "written": time.time()}
+        store.publish_bytes(json.dumps(entry).encode(), folder, _ENTRY)
+    return dataset
+
+
+@dataclass(frozen=True)
+class Removed:
+    """A dataset that was removed, or would be.
+
+    Parameters
+    ----------
+    folder
+        Relative to the Store.
+    size_bytes
+        How much it held; zero for one that was never whole.
+    reason
+        ``"age"``: not used for too long; ``"size"``: the least recently used, while all together held too much;
+        ``"unfinished"``: its writer died.
+    """
+
+    folder: str
+    size_bytes: int
+    reason: Literal["age", "size", "unfinished"]
+
+
+def collect(store: Store, max_bytes: float, max_age_s: float, *, dry_run: bool = False) -> list[Removed]:
+    """Remove datasets that are unfinished, unused for too long, or too many; never one that somebody uses.
+
+    Parameters
+    ----------
+    store
+        Where they are.
+    max_bytes
+        How much those that stay may hold together.
+    max_age_s
+        Seconds without use after which one goes.
+    dry_run
+        Only say what would go.
+
+    Returns
+    -------
+    list of Removed
+        What went, or would go.
+    """
+    doomed = list(_doomed(store, max_bytes, max_age_s))
+    return doomed if dry_run else [item for item in doomed if _remove_unused(store, item.folder)]
+
+
+def _doomed(store: Store, max_bytes: float, max_age_s: float) -> Iterator[Removed]:
+    whole = []
+    for name in store.list(DATASETS):
+        folder = f"{DATASETS}/{name}"
+        entry = store.read_json(folder, _ENTRY)
+        if entry is not None:
+            used = store.read_json(folder, _USED) or {"time": entry["written"]}
+            whole.append((used["time"], folder, entry["size_bytes"]))
+        elif not lease.is_held(store, folder):
+            yield Removed(folder, 0, "unfinished")
+    total, now = 0, time.time()
+    for used_at, folder, size_bytes in sorted(whole, reverse=True):
+        total += size_bytes
+        too_old = now - used_at > max_age_s
+        if (too_old or total > max_bytes) and not lease.is_held(store, folder):
+            total -= size_bytes
+            yield Removed(folder, size_bytes, "age" if too_old else "size")
+
+
+def _remove_unused(store: Store, folder: str) -> bool:
+    """Remove a dataset, unless somebody begins to use it at this moment."""
+    entry = store.read_bytes(folder, _ENTRY) if store.exists(folder, _ENTRY) else None
+    if entry is not None:
+        # From here on nobody finds it; whoever found it before has a lease already.
+        store.delete(folder, _ENTRY)
+    if lease.is_held(store, folder):
+        if entry is not None:
+            store.publish_bytes(entry, folder, _ENTRY)
+        return False
+    _discard(store, folder)
+    return True
+
+
+def _discard(store: Store, folder: str) -> None:
+    """Delete a folder; that a Store refuses it must not lose a model that was trained on what is in it."""
+    try:
+        store.delete(folder)
+    except OSError as exc:
+        logger.warning("cannot delete %s: %s", store.url_of(folder), exc)

@@ -1,0 +1,241 @@
+"""Datasets that are found again, shared and removed, and the leases that keep them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from hvdspark import Store, lease, shelf
+from hvdspark.shelf import Removed, dataset_of
+
+KEY = "a1b2"
+FOLDER = f"datasets/{KEY}"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store.create(tmp_path / "store")
+
+
+def writer(store: Store, text: str = "rows", calls: list[str] | None = None) -> Callable[[str], None]:
+    def write(dataset: str) -> None:
+        if calls is not None:
+            calls.append(dataset)
+        store.publish_bytes(text.encode(), dataset, "rows")
+
+    return write
+
+
+def fail(_dataset: str) -> None:
+    pytest.fail("there is a dataset already")
+
+
+def keep(store: Store, key: str, size: int, used: float) -> None:
+    """Leave a dataset that was last used some seconds ago."""
+    with dataset_of(store, key, writer(store, "x" * size)):
+        pass
+    entry = store.read_json("datasets", key, "entry.json") or {}
+    store.publish_bytes(json.dumps({**entry, "size_bytes": size}).encode(), "datasets", key, "entry.json")
+    store.publish_bytes(json.dumps({"time": time.time() - used}).encode(), "datasets", key, "used.json")
+
+
+def test_a_second_fit_finds_what_the_first_one_wrote(store: Store) -> None:
+    with dataset_of(store, KEY, writer(store)) as first:
+        assert store.read_bytes(first, "rows") == b"rows"
+    with dataset_of(store, KEY, fail) as second:
+        assert second == first
+    assert lease.is_held(store, FOLDER) is False
+
+
+def test_a_dataset_that_is_not_kept_leaves_nothing(store: Store) -> None:
+    with dataset_of(store, KEY, writer(store), keep=False) as dataset:
+        assert store.exists(dataset)
+    assert store.list("datasets") == []
+
+
+def test_a_writing_that_fails_is_never_found(store: Store) -> None:
+    def write(dataset: str) -> None:
+        store.publish_bytes(b"half", dataset, "rows")
+        store.delete(dataset)
+        raise ValueError("no more rows")
+
+    with pytest.raises(ValueError, match="no more rows"), dataset_of(store, KEY, write):
+        pass
+    assert store.list("datasets") == []
+    with dataset_of(store, KEY, writer(store)) as dataset:
+        assert store.read_bytes(dataset, "rows") == b"rows"
+
+
+def test_threads_that_want_one_dataset_share_one_writing(store: Store) -> None:
+    calls: list[str] = []
+    found: list[str] = []
+    together = threading.Barrier(4)
+
+    def fit() -> None:
+        together.wait()
+        with dataset_of(store, KEY, writer(store, calls=calls)) as dataset:
+            found.append(dataset)
+
+    threads = [threading.Thread(target=fit) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1
+    assert set(found) == set(calls)
+
+
+PROGRAM = """
+import sys
+from hvdspark import Store
+from hvdspark.shelf import dataset_of
+store = Store.create(sys.argv[1])
+def write(dataset):
+    store.publish_bytes(b"theirs", dataset, "rows")
+    print("writing", flush=True)
+    sys.stdin.readline()
+with dataset_of(store, sys.argv[2], write) as dataset:
+    print("reading", flush=True)
+    sys.stdin.readline()
+"""
+
+
+class OtherProcess:
+    """A process that writes the dataset, and reads it, each until it is told to go on."""
+
+    def __init__(self, store: Store) -> None:
+        command = [sys.executable, "-c", PROGRAM, store.url, KEY]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        self.says = self.process.stdout.readline
+
+    def go_on(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    def __enter__(self) -> OtherProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def test_a_process_waits_for_another_that_writes_the_same(store: Store) -> None:
+    waited = []
+    with OtherProcess(store) as other:
+        assert other.says() == "writing\n"
+
+        def sleep(_seconds: float) -> None:
+            waited.append(True)
+            other.go_on()
+            assert other.says() == "reading\n"
+
+        with mock.patch.object(shelf.time, "sleep", sleep), dataset_of(store, KEY, fail) as dataset:
+            assert store.read_bytes(dataset, "rows") == b"theirs"
+    assert waited == [True]
+
+
+def test_a_writer_that_was_killed_is_not_waited_for_and_its_files_are_not_taken(store: Store) -> None:
+    with OtherProcess(store) as other:
+        assert other.says() == "writing\n"
+        os.kill(other.process.pid, signal.SIGKILL)
+        other.process.wait()
+        with dataset_of(store, KEY, writer(store, "ours")) as dataset:
+            assert store.read_bytes(dataset, "rows") == b"ours"
+
+
+def test_what_a_killed_writer_left_is_removed(store: Store) -> None:
+    with OtherProcess(store) as other:
+        assert other.says() == "writing\n"
+        assert store.gc(max_bytes=0) == []
+        os.kill(other.process.pid, signal.SIGKILL)
+        other.process.wait()
+    assert store.gc() == [Removed(FOLDER, 0, "unfinished")]
+    assert store.list("datasets") == []
+
+
+def test_a_lease_of_another_host_counts_until_it_is_stale(store: Store) -> None:
+    def leave(age_s: float) -> None:
+        holder = {"time": time.time() - age_s, "host": "elsewhere", "pid": 1, "started": 0.0}
+        store.publish_bytes(json.dumps(holder).encode(), FOLDER, "leases", "writer-1.json")
+
+    leave(lease.STALE_S - 30)
+    assert lease.is_held(store, FOLDER, "writer")
+    assert not lease.is_held(store, FOLDER, "reader")
+    leave(lease.STALE_S + 1)
+    assert not lease.is_held(store, FOLDER, "writer")
+
+
+def test_a_lease_is_renewed_while_it_is_held(store: Store) -> None:
+    written = threading.Event()
+    publish = store.publish_bytes
+
+    def count(data: bytes, *parts: str) -> None:
+        publish(data, *parts)
+        if threading.current_thread() is not threading.main_thread():
+            written.set()
+
+    with (
+        mock.patch.object(lease, "RENEWAL_S", 0.01),
+        mock.patch.object(store, "publish_bytes", count),
+        lease.held(store, FOLDER, "reader"),
+    ):
+        assert written.wait(30)
+        assert lease.is_held(store, FOLDER)
+    assert store.list(FOLDER) == []
+
+
+def test_datasets_go_by_age_and_then_the_least_recently_used(store: Store) -> None:
+    for key, size, used in (("old", 10, 9000.0), ("a", 100, 300.0), ("b", 100, 200.0), ("c", 100, 100.0)):
+        keep(store, key, size, used)
+    expected = [Removed("datasets/a", 100, "size"), Removed("datasets/old", 10, "age")]
+    assert store.gc(max_bytes=250, max_age_s=3600, dry_run=True) == expected
+    assert store.list("datasets") == ["a", "b", "c", "old"]
+    assert store.gc(max_bytes=250, max_age_s=3600) == expected
+    assert store.list("datasets") == ["b", "c"]
+
+
+def test_a_dataset_that_is_used_stays_whatever_the_limits(store: Store) -> None:
+    with dataset_of(store, KEY, writer(store)) as dataset:
+        assert store.gc(max_bytes=0, max_age_s=0) == []
+        assert store.exists(dataset)
+    assert [removed.folder for removed in store.gc(max_bytes=0)] == [FOLDER]
+
+
+def test_a_fit_that_begins_while_its_dataset_is_being_removed_keeps_it(store: Store) -> None:
+    with dataset_of(store, KEY, writer(store)):
+        pass
+    delete = store.delete
+
+    def begin(*parts: str) -> None:
+        with mock.patch.object(store, "delete", delete):
+            entered.enter_context(dataset_of(store, KEY, fail))
+        delete(*parts)
+
+    import contextlib
+
+    with contextlib.ExitStack() as entered:
+        with mock.patch.object(store, "delete", begin):
+            assert store.gc(max_bytes=0) == []
+        with dataset_of(store, KEY, fail) as dataset:
+            assert store.read_bytes(dataset, "rows") == b"rows"
+
+
+def test_the_limits_of_the_store_are_those_it_was_made_with(tmp_path: Path) -> None:
+    store = Store.create(tmp_path, max_dataset_bytes=50)
+    keep(store, "a", 100, 0)
+    assert [removed.reason for removed in store.gc(dry_run=True)] == ["size"]
+    assert store.gc(max_bytes=200, dry_run=True) == []
+    assert [removed.reason for removed in Store.create(tmp_path, max_dataset_age_s=-1).gc(dry_run=True)] == ["age"]
