@@ -30,6 +30,7 @@ install_requires = [
     "numpy>=2,<3",
     "pandas>=2.2",
     "fsspec>=2024.6",
+    "pillow>=11",
     "cloudpickle>=3",
     "psutil>=6",
     "click>=8.1",

@@ -75,6 +75,8 @@ class HorovodEstimator(Estimator, EstimatorParams, abc.ABC):  # type: ignore[typ
             inputs=inputs,
             outputs=outputs,
             label_shapes=self._value("label_shapes"),
+            missing=self._missing(),
+            sparse=self._value("compress_sparse_cols"),
         )
 
     def _required(self, name: str) -> Any:
@@ -172,8 +174,13 @@ class HorovodModel(Model, ModelParams, abc.ABC):
     def _score_plan(self, frame_schema: StructType, key: str) -> ScorePlan:
         if not self._outputs:
             raise ModelFormatError(f"this {type(self).__name__} holds no model; make one with fit() or load()")
+        features = self._value("feature_cols")
+        names = [name for entry in features for name in ([entry] if isinstance(entry, str) else entry)]
         columns, batch = schema.check_columns(
-            frame_schema, feature_cols=self._value("feature_cols"), inputs=self._inputs or None
+            frame_schema,
+            feature_cols=features,
+            inputs=self._inputs or None,
+            missing=self._missing().only(names),
         )
         return ScorePlan(
             columns=columns,

@@ -16,7 +16,6 @@ HINTS: Mapping[str, str] = {
     "val_reader_num_workers": "train_reader_num_workers holds for both",
     "tensorflow_dataset_prefetch_buffer_size": "batches are prefetched as needed",
     "mp_start_method": "every rank is a process of its own",
-    "compress_sparse_cols": "sparse vectors are stored dense",
     "continuous_cols": "columns are told apart by their types",
     "categorical_cols": "columns are told apart by their types",
 }

@@ -14,11 +14,15 @@ from typing import Any, ClassVar, Self
 
 from pyspark.ml.param import Param, Params, TypeConverters
 
+from hvdspark.data.missing import Missing
 from hvdspark.errors import ParamError, closest
 from hvdspark.launch.barrier import CONTROLLERS
 from hvdspark.store import _NAME
 
 Converter = Callable[[Any], Any]
+
+# What may stand for a null: a JSON value.
+_FILLER = bool | int | float | str
 
 
 def positive_int(name: str) -> Converter:
@@ -137,6 +141,34 @@ def to_shapes(value: Any) -> list[list[int]]:
     ):
         raise ParamError(f"label_shapes={value!r}: give one shape per label, such as [[1], [10]]", param="label_shapes")
     return [list(shape) for shape in value]
+
+
+def to_fills(value: Any) -> dict[str, Any]:
+    """Convert to what stands for a null, by column."""
+    if not isinstance(value, Mapping) or not all(isinstance(item, _FILLER) for item in value.values()):
+        raise ParamError(
+            f"fill_nulls={value!r}: give what stands for a null, by column, such as {{'age': -1, 'city': 'unknown'}}",
+            param="fill_nulls",
+        )
+    return {str(name): item for name, item in value.items()}
+
+
+def to_padding(value: Any) -> dict[str, dict[str, Any]]:
+    """Convert to what arrays are padded with and to which length, by column; a length of ``None`` is the model's."""
+    items = value.items() if isinstance(value, Mapping) else [(None, None)]
+    converted = {
+        str(name): {"length": None, **(item if isinstance(item, Mapping) else {"value": item})} for name, item in items
+    }
+    for item in converted.values():
+        length = item["length"]
+        is_length = length is None or (isinstance(length, int) and not isinstance(length, bool) and length > 0)
+        if set(item) != {"value", "length"} or not isinstance(item["value"], bool | int | float) or not is_length:
+            raise ParamError(
+                f"padding={value!r}: give the value that fills up each column's rows, such as {{'tokens': 0}}, or"
+                " {'tokens': {'value': 0, 'length': 64}}",
+                param="padding",
+            )
+    return converted
 
 
 def text_dict(name: str) -> Converter:
@@ -296,7 +328,17 @@ class ModelParams(WithAccessors):
     transform_batch_size = param(
         "transform_batch_size", "rows per call of the model in transform", positive_int("transform_batch_size")
     )
+    fill_nulls = param("fill_nulls", "what stands for a null, by column (default: nulls are refused)", to_fills)
+    padding = param(
+        "padding",
+        "what fills up short rows of array columns, by column: a value, or {'value': …, 'length': …} (default: rows of"
+        " different lengths are refused)",
+        to_padding,
+    )
     run_id = param("run_id", "name of the run and of its folder in the Store (default: a new one)", to_run_id)
+
+    def _missing(self) -> Missing:
+        return Missing.from_params(self._value("fill_nulls"), self._value("padding"))
 
 
 class EstimatorParams(ModelParams):
@@ -318,6 +360,11 @@ class EstimatorParams(ModelParams):
         "validation", "share of rows to validate on, or the name of a 0/1 column that marks them", to_validation
     )
     sample_weight_col = param("sample_weight_col", "column with each row's weight", text("sample_weight_col"))
+    compress_sparse_cols = param(
+        "compress_sparse_cols",
+        "store all vector columns sparse (default: only wide ones)",
+        boolean("compress_sparse_cols"),
+    )
     label_shapes = param("label_shapes", "shape of each label, where the column's own does not do", to_shapes)
     shuffle = param("shuffle", "shuffle the training rows anew in every epoch", boolean("shuffle"))
     random_seed = param("random_seed", "seed of the split, of the order and of the ranks", to_seed)

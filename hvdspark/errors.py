@@ -10,6 +10,7 @@
     │   ├── EmptyDatasetError
     │   ├── NullValueError
     │   ├── RaggedArrayError
+    │   ├── ImageError
     │   ├── ValueRangeError
     │   └── CorruptDatasetError       a materialized dataset that is not whole
     ├── StoreError                    the Store cannot be read or written
@@ -42,6 +43,11 @@ class HvdSparkError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.args[0], self._fields)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields, by name."""
+        return dict(self._fields)
 
 
 def _rebuild(cls: type[HvdSparkError], message: str, fields: dict[str, Any]) -> HvdSparkError:
@@ -116,6 +122,22 @@ class RaggedArrayError(DataError):
 
     column: str
     lengths: tuple[int, int]
+
+
+class ImageError(DataError):
+    """A column has an image that cannot be decoded, or that is not like the others.
+
+    Attributes
+    ----------
+    column : str
+        Name of the column.
+    expected, found : str
+        What was needed and what the rows have.
+    """
+
+    column: str
+    expected: str
+    found: str
 
 
 class ValueRangeError(DataError):

@@ -8,32 +8,62 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-ColumnKind = Literal["scalar", "array", "vector"]
+ColumnKind = Literal["scalar", "date", "timestamp", "array", "vector", "string", "binary", "image"]
+Storage = Literal["dense", "sparse", "text", "png", "jpeg"]
+Shape = tuple[int, ...]
+
+# What may stand for a null, or at the end of a short array.
+Filler = bool | int | float | str
 
 
 @dataclass(frozen=True)
 class ColumnSpec:
-    """One column as it is stored: a fixed number of values of one dtype per row.
+    """One column as it is stored.
 
     Parameters
     ----------
     name
         The column's name in the DataFrame.
     kind
-        ``"scalar"``, ``"array"`` (Spark ``array<numeric>``) or ``"vector"`` (Spark ML vector).
+        What it is in Spark: ``"scalar"`` (a number or boolean), ``"date"``, ``"timestamp"``, ``"array"`` (of numbers,
+        nested or not), ``"vector"`` (Spark ML), ``"string"``, ``"binary"`` or ``"image"`` (Spark's struct).
     dtype
-        NumPy dtype name of the stored values, such as ``"float32"``.
+        NumPy dtype name of the values, such as ``"float32"``; ``"string"`` for strings.
     size
-        Values per row: 1 for a scalar; ``None`` for an array whose length only the rows can tell.
+        Values per row: 1 for a scalar; ``None`` for what only the rows can tell.
+    shape
+        Shape of a row with more than one axis; ``None`` for a flat one.
+    storage
+        ``"dense"``: every value; ``"sparse"``: indices and values of those that are not zero; ``"text"``; ``"png"`` and
+        ``"jpeg"``: images as they came.
+    fill
+        What stands for a null; ``None`` refuses nulls.
+    padding
+        What fills up rows that are shorter than ``size``; ``None`` refuses them.
     """
 
     name: str
     kind: ColumnKind
     dtype: str
     size: int | None = 1
+    shape: Shape | None = None
+    storage: Storage = "dense"
+    fill: Filler | None = None
+    padding: Filler | None = None
+
+    @property
+    def row_shape(self) -> Shape | None:
+        """Shape of a row's values, where it is known."""
+        if self.shape is not None or self.size is None:
+            return self.shape
+        return (self.size,)
+
+    def with_shape(self, shape: Shape) -> ColumnSpec:
+        """Return the column with the shape of its rows."""
+        return replace(self, size=math.prod(shape), shape=shape if len(shape) > 1 else None)
 
 
 @dataclass(frozen=True)
@@ -45,31 +75,59 @@ class TensorSpec:
     columns
         Names of the columns; several are concatenated along the last axis.
     shape
-        Shape of one row's tensor, without the batch axis; ``None`` means flat, as wide as the columns.
+        Shape of one row's tensor, without the batch axis; ``None`` means that of the columns.
     dtype
-        NumPy dtype that the model wants; ``None`` keeps the columns' own.
+        NumPy dtype that the model wants, or ``"string"``; ``None`` keeps the columns' own.
     preferred_shape
-        Where the shape is not known yet: the one to give it should the columns turn out to be as wide; one axis may be
-        -1, for whatever is left.
+        Where the shape is not known yet: the one to give it should the columns turn out to fill it; an axis of -1 takes
+        what they leave for it.
     """
 
     columns: tuple[str, ...]
-    shape: tuple[int, ...] | None = None
+    shape: Shape | None = None
     dtype: str | None = None
-    preferred_shape: tuple[int, ...] | None = None
+    preferred_shape: Shape | None = None
 
     @property
     def size(self) -> int | None:
         """Values per row, where the shape is known."""
         return None if self.shape is None else math.prod(self.shape)
 
-    def shape_for(self, size: int) -> tuple[int, ...] | None:
-        """Return the preferred shape for that many values per row, or ``None`` where they do not fill it."""
-        if self.preferred_shape is None:
+    @property
+    def has_open_axis(self) -> bool:
+        """Whether only the columns tell how long an axis is."""
+        return self.shape is None and self.preferred_shape is not None and -1 in self.preferred_shape
+
+    def shape_for(self, found: Shape) -> Shape | None:
+        """Return the shape that rows of another one are given, or ``None`` where they do not fill it.
+
+        A flat row fills any shape of as many values. A row with axes of its own fills a flat one, and one that has the
+        same axes but for those of length one: no image goes through turned or reshaped.
+        """
+        wanted = self.shape if self.shape is not None else self.preferred_shape
+        if wanted is None:
             return None
-        fixed = math.prod(axis for axis in self.preferred_shape if axis != -1)
-        shape = tuple(size // max(fixed, 1) if axis == -1 else axis for axis in self.preferred_shape)
+        own, axes = _long(found), _long(wanted)
+        if len(own) > 1 and len(axes) > 1:
+            if len(found) == len(wanted):
+                return found if _matches(found, wanted) else None
+            lengths = iter(own)
+            return tuple(1 if axis == 1 else next(lengths) for axis in wanted) if _matches(own, axes) else None
+        if wanted.count(-1) > 1:
+            return None
+        size = math.prod(found)
+        fixed = math.prod(axis for axis in wanted if axis != -1)
+        shape = tuple(size // max(fixed, 1) if axis == -1 else axis for axis in wanted)
         return shape if math.prod(shape) == size else None
+
+
+def _long(shape: Shape) -> Shape:
+    return tuple(axis for axis in shape if axis != 1)
+
+
+def _matches(shape: Shape, wanted: Shape) -> bool:
+    """Whether a shape is the one wanted, where an axis of -1 takes any length."""
+    return len(shape) == len(wanted) and all(axis in (-1, length) for axis, length in zip(wanted, shape, strict=True))
 
 
 @dataclass(frozen=True)
@@ -185,9 +243,14 @@ class Manifest:
         if data["version"] != cls.VERSION:
             raise ValueError(f"manifest version {data['version']}, this hvdspark reads {cls.VERSION}")
         return cls(
-            columns=tuple(ColumnSpec(**column) for column in data["columns"]),
+            columns=tuple(_column(**values) for values in data["columns"]),
             splits={name: tuple(RowGroup(**group) for group in groups) for name, groups in data["splits"].items()},
         )
+
+
+def _column(shape: list[int] | None = None, **values: Any) -> ColumnSpec:
+    """Read a column from JSON, which has lists for tuples."""
+    return ColumnSpec(**values, shape=None if shape is None else tuple(shape))
 
 
 @dataclass(frozen=True)

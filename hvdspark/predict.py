@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from hvdspark.data.arrays import Block, fill_tensor, from_array, to_block
+from hvdspark.data.arrays import fill_tensor, from_array, to_block
+from hvdspark.data.blocks import Block, late_slices
 from hvdspark.errors import ParamError, SchemaError
 from hvdspark.plan import ColumnKind, ColumnSpec, ModelTensor, TensorSpec
 
@@ -63,7 +64,8 @@ class ScorePlan:
     outputs
         The columns to append.
     batch_rows
-        Rows per call of the model.
+        Rows per call of the model at most: of images and sparse vectors only as many are made dense as take little
+        memory.
     loader
         Address ``"package.module:function"`` of the function that makes a :class:`Scorer` from the payload.
     key
@@ -159,7 +161,7 @@ def scored_schema(schema: T.StructType, outputs: Sequence[OutputColumn]) -> T.St
 def _spark_type(output: OutputColumn) -> Any:
     from pyspark.sql import types as T
 
-    from hvdspark.data.schema import NUMBERS
+    from hvdspark.data.columns import NUMBERS
 
     if output.dtype not in NUMBERS:
         raise ParamError(
@@ -233,15 +235,14 @@ def score_batch(batch: pa.RecordBatch, plan: ScorePlan, scorer: Scorer) -> pa.Re
 
     Raises
     ------
-    NullValueError, RaggedArrayError
+    DataError
         When a feature cannot be given to the model.
     """
     blocks = {spec.name: to_block(batch.column(spec.name), spec) for spec in plan.columns}
-    inputs = [fill_tensor(blocks, tensor) for tensor in plan.features]
-    parts = [
-        scorer([tensor[start : start + plan.batch_rows] for tensor in inputs])
-        for start in range(0, batch.num_rows, plan.batch_rows)
-    ]
+    parts = []
+    for rows in late_slices(blocks, plan.batch_rows):
+        piece = {name: block[rows] for name, block in blocks.items()}
+        parts.append(scorer([fill_tensor(piece, tensor) for tensor in plan.features]))
     columns, names = list(batch.columns), list(batch.schema.names)
     for index, output in enumerate(plan.outputs):
         values = np.concatenate([np.asarray(part[index]) for part in parts])

@@ -9,8 +9,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from hvdspark.data.arrays import Block, fill_tensor
-from hvdspark.data.reader import Blocks, BlockSource, read_group
+from hvdspark.data.arrays import fill_tensor
+from hvdspark.data.blocks import Block, Blocks, late_slices
+from hvdspark.data.reader import BlockSource, read_group
 from hvdspark.data.shards import filler_read, reads_of
 from hvdspark.plan import BatchSpec, ColumnSpec, FitPlan, ShardPlan, TensorSpec
 from hvdspark.store import Store
@@ -118,7 +119,8 @@ class Batches:
 
     def _generate(self, number: Any) -> Iterator[tuple[Block, ...]]:
         for blocks in self._source.passes(int(number)):
-            yield self._tensors(blocks)
+            for rows in late_slices(blocks):
+                yield self._tensors({name: block[rows] for name, block in blocks.items()})
 
     def _filler(self) -> tuple[Block, ...]:
         read = filler_read(self._shards)
@@ -128,15 +130,15 @@ class Batches:
         batch = self._plan.batch
         tensors = [fill_tensor(blocks, tensor) for tensor in (*batch.features, *batch.labels)]
         if batch.sample_weight is not None:
-            tensors.append(np.asarray(blocks[batch.sample_weight][:, 0], dtype="float32"))
+            tensors.append(fill_tensor(blocks, TensorSpec((batch.sample_weight,), (), "float32")))
         return tuple(tensors)
 
 
-def tensor_dtype(tensor: TensorSpec, specs: dict[str, ColumnSpec]) -> np.dtype[Any]:
+def tensor_dtype(tensor: TensorSpec, specs: dict[str, ColumnSpec]) -> tf.DType:
     """Return the dtype of a tensor: the one it asks for, else the one that holds all its columns."""
     if tensor.dtype is not None:
-        return np.dtype(tensor.dtype)
-    return np.result_type(*(np.dtype(specs[name].dtype) for name in tensor.columns))
+        return tf.as_dtype(tensor.dtype)
+    return tf.as_dtype(np.result_type(*(np.dtype(specs[name].dtype) for name in tensor.columns)))
 
 
 def packer(model: keras.Model, batch: BatchSpec) -> Callable[..., Any]:

@@ -44,6 +44,13 @@ class KerasEstimator(HorovodEstimator, Persistable):
         One column per model output.
     sample_weight_col
         Column with each row's weight.
+    fill_nulls
+        What stands for a null, by column, in ``fit`` and in ``transform``; nulls of other columns are refused.
+    padding
+        What fills up short rows of array columns, by column: ``{"tokens": 0}`` up to the length of the model's input,
+        or ``{"tokens": {"value": 0, "length": 64}}``. A longer row is an error.
+    compress_sparse_cols
+        Store all vector columns sparse; by default only those of more than 4,096 values.
     batch_size, val_batch_size
         Rows per rank and step.
     epochs
@@ -123,6 +130,9 @@ class KerasEstimator(HorovodEstimator, Persistable):
         label_cols: Sequence[str] | None = None,
         sample_weight_col: str | None = None,
         label_shapes: Sequence[Sequence[int]] | None = None,
+        fill_nulls: Mapping[str, bool | int | float | str] | None = None,
+        padding: Mapping[str, Any] | None = None,
+        compress_sparse_cols: bool | None = None,
         batch_size: int | None = None,
         val_batch_size: int | None = None,
         epochs: int | None = None,
@@ -168,6 +178,7 @@ class KerasEstimator(HorovodEstimator, Persistable):
             train_reader_num_workers=2,
             inmemory_cache_all=False,
             keep_dataset=True,
+            compress_sparse_cols=False,
             use_gpu=True,
             controller="gloo",
             start_timeout=120.0,

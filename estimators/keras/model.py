@@ -12,7 +12,7 @@ from hvdspark.estimators.base import HorovodModel, tensors_from_json, tensors_to
 from hvdspark.estimators.keras import codec
 from hvdspark.estimators.persistence import Persistable
 
-from hvdspark.data.arrays import Block
+from hvdspark.data.blocks import Block
 from hvdspark.plan import ModelTensor
 
 if TYPE_CHECKING:

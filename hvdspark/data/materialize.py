@@ -18,18 +18,14 @@ import json
 import pickle
 import posixpath
 import uuid
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hvdspark.data.arrays import out_of_range
 from hvdspark.data.fingerprint import fingerprint
-from hvdspark.data.partitions import TRAIN, VAL, PartitionReport, PartitionWriter, Split
-from hvdspark.data.schema import NUMBERS
+from hvdspark.data.partitions import TRAIN, VAL, Layout, PartitionReport, PartitionWriter, Split
 from hvdspark.errors import CorruptDatasetError, EmptyDatasetError, NullValueError, RaggedArrayError, StoreError
 from hvdspark.plan import ColumnSpec, Manifest, RowGroup
 from hvdspark.shelf import DATASETS
@@ -161,12 +157,12 @@ def _merge(columns: Sequence[ColumnSpec], reports: Iterable[PartitionReport], sp
     """Check what the tasks found and list their row groups in partition order."""
     ordered = sorted(reports, key=lambda report: report.partition)
     _refuse_nulls(ordered)
-    sizes = _common_sizes(columns, ordered)
+    layouts = _common_layouts(columns, ordered)
     splits = {
         name: tuple(group for report in ordered for group in report.groups.get(name, ())) for name in (TRAIN, VAL)
     }
     manifest = Manifest(
-        columns=tuple(dataclasses.replace(spec, size=sizes.get(spec.name, spec.size)) for spec in columns),
+        columns=tuple(_as_found(spec, layouts.get(spec.name)) for spec in columns),
         splits=splits,
     )
     train, val = manifest.rows(TRAIN), manifest.rows(VAL)
@@ -191,49 +187,36 @@ def _refuse_nulls(reports: Iterable[PartitionReport]) -> None:
         others = f" (also: {', '.join(sorted(set(counts) - {name}))})" if len(counts) > 1 else ""
         raise NullValueError(
             f"column '{name}' has {count} nulls{others}. Nulls are refused, because no number stands for them: drop"
-            " the rows (df.dropna()), fill them (df.fillna(), Imputer), or select other columns.",
+            f" the rows (df.dropna()), fill them (fill_nulls={{'{name}': …}}, df.fillna(), Imputer), or select other"
+            " columns.",
             column=name,
             count=count,
         )
 
 
-def _common_sizes(columns: Sequence[ColumnSpec], reports: Iterable[PartitionReport]) -> dict[str, int]:
-    """Return each column's values per row, the same in every partition."""
-    sizes: dict[str, int] = {}
+def _common_layouts(columns: Sequence[ColumnSpec], reports: Iterable[PartitionReport]) -> dict[str, Layout]:
+    """Return how each column's rows are, the same in every partition."""
+    layouts: dict[str, Layout] = {}
     for report in reports:
-        for name, lengths in report.ragged.items():
-            raise _ragged(name, lengths)
-        for name, dtype in report.too_large.items():
-            raise out_of_range(name, dtype)
-        for name, size in report.sizes.items():
-            if sizes.setdefault(name, size) != size:
-                raise _ragged(name, (sizes[name], size))
-    empty = [spec.name for spec in columns if sizes.get(spec.name) == 0]
+        for exc in report.refused.values():
+            raise exc
+        for name, layout in report.layouts.items():
+            layouts.setdefault(name, layout).require_same(name, layout)
+    empty = [spec.name for spec in columns if spec.name in layouts and 0 in layouts[spec.name].shape]
     if empty:
         raise RaggedArrayError(
             f"column '{empty[0]}' holds empty arrays; give arrays with at least one value",
             column=empty[0],
             lengths=(1, 0),
         )
-    return sizes
+    return layouts
 
 
-def _ragged(name: str, lengths: tuple[int, int]) -> RaggedArrayError:
-    return RaggedArrayError(
-        f"column '{name}' has rows of different lengths: expected {lengths[0]} values, found {lengths[1]}. All rows"
-        " of a column need the same length: pad or cut the arrays before fit().",
-        column=name,
-        lengths=lengths,
-    )
-
-
-def _unischema(fields: Sequence[Any]) -> Any:
-    """Make Petastorm's schema; it warns of names that are also attributes of its class, which nothing here uses."""
-    from hvdspark.data.petastorm_compat import Unischema
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Can not create dynamic property")
-        return Unischema("hvdspark", fields)
+def _as_found(spec: ColumnSpec, layout: Layout | None) -> ColumnSpec:
+    """Return a column as it was written."""
+    if layout is None:
+        return spec
+    return dataclasses.replace(spec.with_shape(layout.shape), storage=layout.storage)
 
 
 def _write_petastorm_metadata(
@@ -245,31 +228,17 @@ def _write_petastorm_metadata(
     never loads it (its own metadata is the JSON manifest).
     """
     # Here and not above, because importing Petastorm takes a second, which the writing tasks need not wait.
-    from hvdspark.data.petastorm_compat import (
-        ROW_GROUPS_PER_FILE_KEY,
-        UNISCHEMA_KEY,
-        NdarrayCodec,
-        ScalarCodec,
-        UnischemaField,
-    )
+    from hvdspark.data.petastorm_compat import ROW_GROUPS_PER_FILE_KEY, UNISCHEMA_KEY
+    from hvdspark.data.petastorm_schema import arrow_schema, unischema
 
-    fields, arrow_fields = [], []
-    for spec in columns:
-        dtype = np.dtype(spec.dtype)
-        if spec.size == 1:
-            fields.append(UnischemaField(spec.name, dtype.type, (), ScalarCodec(NUMBERS[spec.dtype]()), False))
-            arrow_fields.append(pa.field(spec.name, pa.from_numpy_dtype(dtype)))
-        else:
-            fields.append(UnischemaField(spec.name, dtype.type, (spec.size,), NdarrayCodec(), False))
-            arrow_fields.append(pa.field(spec.name, pa.binary()))
     counts: dict[str, int] = {}
     for group in groups:
         name = posixpath.basename(group.path)
         counts[name] = counts.get(name, 0) + 1
     metadata = {
-        UNISCHEMA_KEY: pickle.dumps(_unischema(fields)),
+        UNISCHEMA_KEY: pickle.dumps(unischema(columns)),
         ROW_GROUPS_PER_FILE_KEY: json.dumps(counts).encode(),
     }
     sink = pa.BufferOutputStream()
-    pq.write_metadata(pa.schema(arrow_fields, metadata=metadata), sink)
+    pq.write_metadata(arrow_schema(columns).with_metadata(metadata), sink)
     store.publish_bytes(sink.getvalue().to_pybytes(), folder, "_common_metadata")

@@ -19,9 +19,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hvdspark.data.arrays import Block, count_nulls, pack, to_block
-from hvdspark.errors import NullValueError, RaggedArrayError, ValueRangeError
-from hvdspark.plan import ColumnSpec, RowGroup, StoreRef
+from hvdspark import errors
+from hvdspark.data.arrays import to_block
+from hvdspark.data.blocks import AnyBlock, Block, Blocks, concatenate, storage_of
+from hvdspark.data.images import ImageBlock
+from hvdspark.data.lists import count_nulls, ragged
+from hvdspark.data.sparse import SparseBlock
+from hvdspark.data.storage import to_parquet
+from hvdspark.errors import DataError, ImageError, NullValueError
+from hvdspark.plan import ColumnSpec, RowGroup, Shape, Storage, StoreRef
 from hvdspark.store import Store
 
 TRAIN, VAL = "train", "val"
@@ -56,28 +62,78 @@ class Split:
         return self.fraction > 0 or self.column is not None
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How a column's rows turned out to be: the shape of one, and how they are stored."""
+
+    shape: Shape
+    storage: Storage
+
+    def require_same(self, name: str, other: Layout) -> None:
+        """Raise :class:`DataError` where rows of another layout are in the same column."""
+        if other == self:
+            return
+        if other.storage == self.storage and len(other.shape) == len(self.shape) == 1:
+            raise ragged(name, (self.shape[0], other.shape[0]))
+        raise ImageError(
+            f"column '{name}' holds rows of different kinds or shapes: {self} and {other}. Bring them to one before"
+            " fit(); nothing is resized unasked.",
+            column=name,
+            expected=str(self),
+            found=str(other),
+        )
+
+    def __str__(self) -> str:
+        kind = "plain values" if self.storage == "dense" else self.storage.upper()
+        return f"{kind} of shape {'x'.join(map(str, self.shape))}"
+
+
 @dataclass
 class PartitionReport:
-    """What one task wrote and what it found, as it travels to the driver."""
+    """What one task wrote and what it found, as it travels to the driver.
+
+    Parameters
+    ----------
+    partition
+        Number of the partition.
+    groups
+        Row groups by split.
+    layouts
+        How each column's rows are.
+    nulls
+        Nulls by column.
+    refused
+        By column the first other error of its rows.
+    """
 
     partition: int
     groups: dict[str, list[RowGroup]] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)
+    layouts: dict[str, Layout] = field(default_factory=dict)
     nulls: dict[str, int] = field(default_factory=dict)
-    ragged: dict[str, tuple[int, int]] = field(default_factory=dict)
-    too_large: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, DataError] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Write the report as JSON text."""
-        return json.dumps(dataclasses.asdict(self))
+        refused = {name: [type(exc).__name__, str(exc), exc.fields] for name, exc in self.refused.items()}
+        plain = dataclasses.asdict(dataclasses.replace(self, refused={}))
+        return json.dumps({**plain, "refused": refused})
 
     @classmethod
     def from_json(cls, text: str) -> PartitionReport:
         """Read what :meth:`to_json` wrote."""
         data = json.loads(text)
         groups = {name: [RowGroup(**group) for group in found] for name, found in data["groups"].items()}
-        ragged = {name: (first, second) for name, (first, second) in data["ragged"].items()}
-        return cls(data["partition"], groups, data["sizes"], data["nulls"], ragged, data["too_large"])
+        layouts = {name: Layout(tuple(found["shape"]), found["storage"]) for name, found in data["layouts"].items()}
+        refused = {name: _error(*found) for name, found in data["refused"].items()}
+        return cls(data["partition"], groups, layouts, data["nulls"], refused)
+
+
+def _error(kind: str, message: str, fields: dict[str, Any]) -> DataError:
+    """Make an error of what JSON has left of it."""
+    found: DataError = getattr(errors, kind)(
+        message, **{n: tuple(v) if isinstance(v, list) else v for n, v in fields.items()}
+    )
+    return found
 
 
 @dataclass(frozen=True)
@@ -117,35 +173,32 @@ class PartitionWriter:
                 file.abort()
         return report
 
-    def _blocks(self, batch: pa.RecordBatch, report: PartitionReport) -> dict[str, Block] | None:
+    def _blocks(self, batch: pa.RecordBatch, report: PartitionReport) -> Blocks | None:
         """Convert a batch; where a column cannot be, note why and go on, so that all nulls are counted."""
-        blocks = {}
+        blocks: Blocks = {}
         for spec in self.columns:
-            column = batch.column(spec.name)
-            size = report.sizes.get(spec.name, spec.size)
+            known = report.layouts.get(spec.name)
             try:
-                blocks[spec.name] = to_block(column, dataclasses.replace(spec, size=size))
+                block = to_block(batch.column(spec.name), spec if known is None else spec.with_shape(known.shape))
+                if batch.num_rows:
+                    layout = _layout_of(block, spec)
+                    report.layouts.setdefault(spec.name, layout).require_same(spec.name, layout)
             except NullValueError as exc:
                 report.nulls[spec.name] = report.nulls.get(spec.name, 0) + exc.count
-                continue
-            except RaggedArrayError as exc:
-                report.ragged.setdefault(spec.name, exc.lengths)
-                continue
-            except ValueRangeError as exc:
-                report.too_large.setdefault(spec.name, exc.dtype)
-                continue
-            if batch.num_rows:
-                report.sizes[spec.name] = blocks[spec.name].shape[1]
-        # Empty arrays are refused once the sizes of all partitions are known.
-        unusable = report.nulls or report.ragged or report.too_large or 0 in report.sizes.values()
-        return None if unusable or not batch.num_rows else blocks
+            except DataError as exc:
+                report.refused.setdefault(spec.name, exc)
+            else:
+                blocks[spec.name] = block
+        # Empty arrays are refused once the shapes of all partitions are known.
+        has_empty = any(0 in layout.shape for layout in report.layouts.values())
+        return None if report.nulls or report.refused or has_empty or not batch.num_rows else blocks
 
     def _held_out(self, batch: pa.RecordBatch, random: np.random.Generator, report: PartitionReport) -> Block:
         """Mark the batch's validation rows."""
         if self.split.column is None:
             return np.asarray(random.random(batch.num_rows) < self.split.fraction)
         column = batch.column(self.split.column)
-        nulls = count_nulls(column, ColumnSpec(self.split.column, "scalar", "bool"))
+        nulls = count_nulls(column)
         if nulls:
             report.nulls[self.split.column] = report.nulls.get(self.split.column, 0) + nulls
         nothing = False if pa.types.is_boolean(column.type) else 0
@@ -159,19 +212,20 @@ class _SplitFile:
         self._store = store
         self._path = store.path(dataset, name)
         self._name = name
-        self._buffer: list[dict[str, Block]] = []
+        self._buffer: list[Blocks] = []
         self._buffered = 0
         self._group_rows = 0
         self._groups: list[RowGroup] = []
         self._stream: Any = None
         self._writer: pq.ParquetWriter | None = None
 
-    def append(self, blocks: dict[str, Block]) -> None:
-        if not self._group_rows:
-            width = sum(block.shape[1] * block.itemsize for block in blocks.values())
-            self._group_rows = int(np.clip(ROW_GROUP_BYTES // width, 1, MAX_ROW_GROUP_ROWS))
+    def append(self, blocks: Blocks) -> None:
+        rows = len(next(iter(blocks.values())))
+        # Rows of images or sparse vectors differ: a group has as many as would fit if all were like these.
+        size_bytes = sum(block.nbytes for block in blocks.values())
+        self._group_rows = int(np.clip(ROW_GROUP_BYTES * rows // max(size_bytes, 1), 1, MAX_ROW_GROUP_ROWS))
         self._buffer.append(blocks)
-        self._buffered += len(next(iter(blocks.values())))
+        self._buffered += rows
         while self._buffered >= self._group_rows:
             self._flush(self._group_rows)
 
@@ -201,8 +255,8 @@ class _SplitFile:
 
     def _flush(self, rows: int) -> None:
         names = list(self._buffer[0])
-        whole = {name: np.concatenate([blocks[name] for blocks in self._buffer]) for name in names}
-        table = _to_table({name: block[:rows] for name, block in whole.items()})
+        whole = {name: concatenate([blocks[name] for blocks in self._buffer]) for name in names}
+        table = pa.table({name: to_parquet(block[:rows]) for name, block in whole.items()})
         self._open(table.schema).write_table(table, row_group_size=rows)
         self._groups.append(RowGroup(self._name, len(self._groups), rows))
         self._buffered -= rows
@@ -220,7 +274,10 @@ class _SplitFile:
         return self._writer
 
 
-def _to_table(blocks: dict[str, Block]) -> pa.Table:
-    """Scalars as Parquet numbers; anything wider as one packed cell per row."""
-    columns = {name: pa.array(block[:, 0]) if block.shape[1] == 1 else pack(block) for name, block in blocks.items()}
-    return pa.table(columns)
+def _layout_of(block: AnyBlock, spec: ColumnSpec) -> Layout:
+    """Tell how the rows of a block are."""
+    if isinstance(block, ImageBlock):
+        return Layout(block.common_shape(spec.name), block.storage)
+    if isinstance(block, SparseBlock):
+        return Layout((block.size,), block.storage)
+    return Layout(block.shape[1:] if isinstance(block, np.ndarray) else (1,), storage_of(block))

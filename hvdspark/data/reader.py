@@ -8,14 +8,14 @@ pickle; the manifest says all that is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hvdspark.data.arrays import Block, unpack
+from hvdspark.data.blocks import Blocks, concatenate
 from hvdspark.data.petastorm_compat import (
     ConcurrentVentilator,
     EmptyResultError,
@@ -23,11 +23,10 @@ from hvdspark.data.petastorm_compat import (
     ThreadPool,
     WorkerBase,
 )
+from hvdspark.data.storage import from_parquet
 from hvdspark.errors import CorruptDatasetError
 from hvdspark.plan import ColumnSpec, GroupRead
 from hvdspark.store import Store
-
-Blocks = dict[str, Block]
 
 # Rows are shuffled within a window of this many bytes; a smaller shard is shuffled uniformly.
 SHUFFLE_WINDOW_BYTES = 256 << 20
@@ -115,8 +114,8 @@ def read_group(store: Store, dataset: str, columns: Sequence[ColumnSpec], read: 
 
     Returns
     -------
-    dict of str to ndarray
-        Per column a block of shape ``(rows, size)``.
+    dict of str to block
+        Per column a block of the rows (see :mod:`hvdspark.data.blocks`).
 
     Raises
     ------
@@ -129,7 +128,7 @@ def read_group(store: Store, dataset: str, columns: Sequence[ColumnSpec], read: 
         source = path if store.is_local else store.filesystem.open(path, "rb")
         with pq.ParquetFile(source, memory_map=store.is_local, page_checksum_verification=True) as parquet:
             table = parquet.read_row_group(group.index, [spec.name for spec in columns], use_threads=False)
-            blocks = {spec.name: _decode(table.column(spec.name), spec) for spec in columns}
+            blocks = {spec.name: from_parquet(_whole(table.column(spec.name)), spec) for spec in columns}
     except (OSError, ValueError, IndexError, KeyError) as exc:
         raise CorruptDatasetError(
             f"row group {group.index} of {store.url_of(dataset, group.path)} cannot be read: {exc}. The dataset was"
@@ -142,18 +141,11 @@ def read_group(store: Store, dataset: str, columns: Sequence[ColumnSpec], read: 
         )
     if read.rows == group.rows:
         return blocks
-    return {name: np.concatenate([block[start:stop] for start, stop in read.pieces]) for name, block in blocks.items()}
+    return {name: concatenate([block[start:stop] for start, stop in read.pieces]) for name, block in blocks.items()}
 
 
-def _decode(column: pa.ChunkedArray, spec: ColumnSpec) -> Block:
-    """Turn a column of a row group into a block; raises ``ValueError`` when it is not what the manifest says."""
-    chunk = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-    if spec.size != 1:
-        return unpack(chunk, spec)
-    values = np.asarray(chunk.to_numpy(zero_copy_only=spec.dtype != "bool"))
-    if values.dtype != spec.dtype:
-        raise ValueError(f"column '{spec.name}' is stored as {values.dtype}, not as {spec.dtype}")
-    return values.reshape(-1, 1)
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 class BlockSource:
@@ -233,7 +225,7 @@ def _shuffled(blocks: Iterator[Blocks], random: np.random.Generator) -> Iterator
         yield _permuted(window, random)
 
 
-def _permuted(window: Sequence[Mapping[str, Block]], random: np.random.Generator) -> Blocks:
+def _permuted(window: Sequence[Blocks], random: np.random.Generator) -> Blocks:
     names = list(window[0])
     order = random.permutation(sum(len(item[names[0]]) for item in window))
-    return {name: np.concatenate([item[name] for item in window])[order] for name in names}
+    return {name: concatenate([item[name] for item in window])[order] for name in names}

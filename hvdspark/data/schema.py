@@ -1,4 +1,4 @@
-"""Spark columns to stored columns: what is accepted, as what it is stored, and how it fills the model.
+"""A DataFrame's columns against the model: what is stored of them, and how they fill its batches.
 
 Everything here looks at the DataFrame's schema alone, so that bad input fails before the first Spark job.
 """
@@ -6,41 +6,29 @@ Everything here looks at the DataFrame's schema alone, so that bad input fails b
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import NoReturn
 
 import numpy as np
 from pyspark.sql import types as T
 
-from hvdspark.errors import ParamError, SchemaError, closest
-from hvdspark.plan import BatchSpec, ColumnSpec, ModelTensor, TensorSpec
+from hvdspark.data.columns import axes_of, column_spec, find_field, weight_spec
+from hvdspark.data.missing import Missing, Specs, with_lengths
+from hvdspark.errors import ParamError, SchemaError
+from hvdspark.plan import BatchSpec, ColumnSpec, ModelTensor, Shape, TensorSpec
 
 FeatureCols = Sequence[str | Sequence[str]]
 
-_DTYPES: dict[type[T.DataType], str] = {
-    T.BooleanType: "bool",
-    T.ByteType: "int8",
-    T.ShortType: "int16",
-    T.IntegerType: "int32",
-    T.LongType: "int64",
-    T.FloatType: "float32",
-    T.DoubleType: "float64",
+# Wider vectors are stored sparse, and become arrays only on the way to a batch. An entry takes 8 bytes where a float
+# takes 4, and reading entries costs more than reading floats: below this width a dense row is cheap whatever it holds.
+SPARSE_WIDTH = 4096
+
+# The dtypes of inputs that hold every date (days until the year 9999 are below 2**24) and every timestamp.
+_EXACT = {
+    "date": ("int32", "int64", "uint32", "uint64", "float32", "float64"),
+    "timestamp": ("int64", "uint64", "float64"),
 }
-
-# Spark's type of each dtype that a column can have.
-NUMBERS = {dtype: data_type for data_type, dtype in _DTYPES.items()}
-
-_REMEDIES: dict[type[T.DataType], str] = {
-    T.DecimalType: "cast it to double",
-    T.StringType: "turn it into numbers first, for instance with StringIndexer",
-    T.DateType: "derive numbers from it, for instance with dayofyear() or unix_date()",
-    T.TimestampType: "derive numbers from it, for instance with unix_timestamp()",
-    T.BinaryType: "decode it into array<float> first",
-    T.MapType: "select the entries that are needed as columns of their own",
-    T.StructType: "select the fields that are needed as columns of their own",
-}
-
-_ACCEPTED = "a number, a boolean, array<number> or a Spark ML vector"
 
 
 def check_columns(
@@ -52,6 +40,8 @@ def check_columns(
     inputs: Sequence[ModelTensor] | None = None,
     outputs: Sequence[ModelTensor] | None = None,
     label_shapes: Sequence[Sequence[int]] | None = None,
+    missing: Missing | None = None,
+    sparse: bool = False,
 ) -> tuple[tuple[ColumnSpec, ...], BatchSpec]:
     """Check a DataFrame's columns against the model and plan how they fill its batches.
 
@@ -69,6 +59,10 @@ def check_columns(
         What the model takes and gives; ``None`` for a model that is built only by its first batch.
     label_shapes
         Shape of each label, where it is neither the column's own nor that of the output.
+    missing
+        What stands for nulls and fills up short arrays; by default nothing does.
+    sparse
+        Store all vectors sparse, not only wide ones.
 
     Returns
     -------
@@ -81,128 +75,60 @@ def check_columns(
     Raises
     ------
     SchemaError
-        For a column that is missing or of a type that no model can take, or whose size does not fit.
+        For a column that is missing or of a type that the model cannot take, or whose size does not fit.
     ParamError
-        When the numbers of columns and of model inputs or outputs differ.
+        When the numbers of columns and of model inputs or outputs differ, or what is to stand for missing values
+        does not fit its column.
     """
     groups = [(entry,) if isinstance(entry, str) else tuple(entry) for entry in feature_cols]
-    specs = {name: column_spec(schema, name) for group in groups for name in group}
-    specs |= {name: column_spec(schema, name) for name in label_cols}
-    features = _tensors("feature_cols", groups, specs, inputs)
-    labels = _labels(label_cols, specs, outputs, label_shapes)
+    names = (*(name for group in groups for name in group), *label_cols)
+    specs = {name: column_spec(schema, name) for name in names}
     if sample_weight_col is not None:
         # A column that the model is fed as well is stored as the model needs it.
         specs.setdefault(sample_weight_col, weight_spec(schema, sample_weight_col))
+    specs = (missing or Missing()).apply(specs)
+    features = _features(schema, groups, specs, inputs)
+    labels = _labels(label_cols, specs, outputs, label_shapes)
+    specs = with_lengths(specs, (*features, *labels))
     batch = BatchSpec(features, labels, sample_weight_col)
-    return tuple(_narrow(specs[name], (*features, *labels)) for name in batch.columns), batch
+    stored = tuple(_stored(specs[name], axes_of(schema, name), (*features, *labels), sparse) for name in batch.columns)
+    return stored, batch
 
 
-def column_spec(schema: T.StructType, name: str) -> ColumnSpec:
-    """Describe one column of a DataFrame.
-
-    Raises
-    ------
-    SchemaError
-        When it is missing (naming the closest that exists) or of a type that is not accepted (naming the cast).
-    """
-    field = find_field(schema, name)
-    data_type = field.dataType
-    if type(data_type) in _DTYPES:
-        return ColumnSpec(name, "scalar", _DTYPES[type(data_type)])
-    if isinstance(data_type, T.ArrayType) and type(data_type.elementType) in _DTYPES:
-        return ColumnSpec(name, "array", _DTYPES[type(data_type.elementType)], size=None)
-    if is_vector(data_type):
-        return ColumnSpec(name, "vector", "float64", size=_vector_size(field))
-    raise SchemaError(
-        f"column '{name}' has type {data_type.simpleString()}; expected {_ACCEPTED}. Remedy: {_remedy(data_type)}.",
-        column=name,
-        expected=_ACCEPTED,
-        found=data_type.simpleString(),
-    )
-
-
-def weight_spec(schema: T.StructType, name: str) -> ColumnSpec:
-    """Describe a column of row weights; raises :class:`SchemaError` unless it is one number per row."""
-    spec = column_spec(schema, name)
-    if spec.kind != "scalar" or spec.dtype == "bool":
-        found = find_field(schema, name).dataType.simpleString()
-        raise SchemaError(
-            f"sample_weight_col '{name}' has type {found}; expected one number per row",
-            column=name,
-            expected="a number",
-            found=found,
-        )
-    return dataclasses.replace(spec, dtype="float32")
-
-
-def find_field(schema: T.StructType, name: str) -> T.StructField:
-    """Return a field by name; raises :class:`SchemaError` that names the closest one."""
-    if name not in schema.names:
-        raise SchemaError(
-            f"column '{name}' does not exist.{closest(name, schema.names)} The DataFrame has: "
-            f"{', '.join(schema.names)}",
-            column=name,
-            expected="a column of that name",
-            found=", ".join(schema.names),
-        )
-    if schema.names.count(name) > 1:
-        raise SchemaError(
-            f"there are {schema.names.count(name)} columns named '{name}'; rename or drop all but one",
-            column=name,
-            expected="one column of that name",
-            found=f"{schema.names.count(name)} columns",
-        )
-    return schema[name]
-
-
-def is_vector(data_type: T.DataType) -> bool:
-    """Whether a type is Spark ML's (or MLlib's) vector, without importing ``pyspark.ml``."""
-    return isinstance(data_type, T.UserDefinedType) and type(data_type).__name__ == "VectorUDT"
-
-
-def _vector_size(field: T.StructField) -> int | None:
-    """Read the size that VectorAssembler and its like leave in the column's metadata."""
-    attributes: Any = field.metadata.get("ml_attr", {})
-    size = attributes.get("num_attrs")
-    return int(size) if size else None
-
-
-def _remedy(data_type: T.DataType) -> str:
-    if isinstance(data_type, T.ArrayType):
-        if isinstance(data_type.elementType, T.ArrayType):
-            return "flatten it into array<number>, for instance with flatten()"
-        return "turn its elements into numbers first, for instance with transform() or a cast to array<double>"
-    return _REMEDIES.get(type(data_type), "select or compute columns of an accepted type")
-
-
-def _tensors(
-    param: str,
+def _features(
+    schema: T.StructType,
     groups: Sequence[tuple[str, ...]],
-    specs: dict[str, ColumnSpec],
-    wanted: Sequence[ModelTensor] | None,
+    specs: Specs,
+    inputs: Sequence[ModelTensor] | None,
 ) -> tuple[TensorSpec, ...]:
-    if wanted is None:
-        return tuple(TensorSpec(group, dtype=_open_dtype(group, specs)) for group in groups)
-    if len(wanted) != len(groups):
-        names = ", ".join(f"{tensor.name}{_show(tensor.shape)}" for tensor in wanted)
+    if inputs is None:
+        return tuple(_open_tensor(group, specs) for group in groups)
+    if len(inputs) != len(groups):
+        names = ", ".join(f"{tensor.name}{_show(tensor.shape)}" for tensor in inputs)
         raise ParamError(
-            f"{param} has {len(groups)} entries, but the model has {len(wanted)} inputs: {names}. Give one entry per"
-            " input; a list inside the list is concatenated into one input.",
-            param=param,
+            f"feature_cols has {len(groups)} entries, but the model has {len(inputs)} inputs: {names}. Give one entry"
+            " per input; a list inside the list is concatenated into one input.",
+            param="feature_cols",
         )
-    return tuple(_tensor(group, specs, tensor) for group, tensor in zip(groups, wanted, strict=True))
+    return tuple(_tensor(schema, group, specs, tensor) for group, tensor in zip(groups, inputs, strict=True))
 
 
-def _tensor(group: tuple[str, ...], specs: dict[str, ColumnSpec], wanted: ModelTensor) -> TensorSpec:
+def _open_tensor(group: tuple[str, ...], specs: Specs) -> TensorSpec:
+    """For a model that does not state its inputs: Keras' float32, but integers stay as they are."""
+    kinds = {np.dtype(specs[name].dtype).kind for name in group if specs[name].kind != "string"}
+    dtype = "float32" if kinds - set("iu") else None
+    for name in group:
+        if specs[name].kind == "string":
+            _refuse_string(name, "the model does not state that it takes strings")
+        if dtype is not None:
+            _check_exact(specs[name], dtype, f"which is fed as {dtype}")
+    return TensorSpec(group, dtype=dtype)
+
+
+def _tensor(schema: T.StructType, group: tuple[str, ...], specs: Specs, wanted: ModelTensor) -> TensorSpec:
     """Fit a group of columns into one model input."""
-    if not wanted.dtype.startswith(("float", "bfloat", "int", "uint", "bool")):
-        raise SchemaError(
-            f"the model's input '{wanted.name}' takes {wanted.dtype}, but columns are fed as numbers: turn them into"
-            " numbers in the DataFrame, and give the model a numeric input",
-            column=group[0],
-            expected=wanted.dtype,
-            found=specs[group[0]].dtype,
-        )
+    for name in group:
+        _check_type(specs[name], wanted)
     sizes = [specs[name].size for name in group]
     known = [size for size in sizes if size is not None]
     size = wanted.size
@@ -216,19 +142,11 @@ def _tensor(group: tuple[str, ...], specs: dict[str, ColumnSpec], wanted: ModelT
                 expected=f"{size} values",
                 found=f"{sum(known)} values",
             )
-    for name in group:
-        if wanted.dtype.startswith(("int", "uint")) and specs[name].dtype.startswith("float"):
-            raise SchemaError(
-                f"column '{name}' holds {specs[name].dtype}, but the model's input '{wanted.name}' takes"
-                f" {wanted.dtype}: fractions would be cut off. Cast the column to an integer type.",
-                column=name,
-                expected=wanted.dtype,
-                found=specs[name].dtype,
-            )
     dtype = _numpy_dtype(wanted.dtype)
     if size is not None:
         return TensorSpec(group, tuple(axis or 0 for axis in wanted.shape), dtype)
-    if wanted.shape.count(None) > 1:
+    has_axes = len(group) == 1 and axes_of(schema, group[0]) > 1
+    if wanted.shape.count(None) > 1 and not has_axes:
         raise ParamError(
             f"the model's input '{wanted.name}' has the shape {_show(wanted.shape)}: of a column of numbers only one"
             " axis can be told. Give the model's input fixed axes but for one.",
@@ -237,9 +155,66 @@ def _tensor(group: tuple[str, ...], specs: dict[str, ColumnSpec], wanted: ModelT
     return TensorSpec(group, None, dtype, tuple(-1 if axis is None else axis for axis in wanted.shape))
 
 
+def _check_type(spec: ColumnSpec, wanted: ModelTensor) -> None:
+    """Refuse a column whose values an input does not take, or not without loss."""
+    takes = f"the model's input '{wanted.name}' takes {wanted.dtype}"
+    if spec.kind == "string" and wanted.dtype != "string":
+        _refuse_string(spec.name, takes)
+    if wanted.dtype == "string" and spec.kind != "string":
+        raise SchemaError(
+            f"column '{spec.name}' holds {spec.dtype}, but {takes}; cast the column to string",
+            column=spec.name,
+            expected="string",
+            found=spec.dtype,
+        )
+    if not wanted.dtype.startswith(("float", "bfloat", "int", "uint", "bool", "string")):
+        raise SchemaError(
+            f"{takes}, but columns are fed as numbers or strings: give the model an input of those",
+            column=spec.name,
+            expected=wanted.dtype,
+            found=spec.dtype,
+        )
+    if wanted.dtype.startswith(("int", "uint")) and spec.dtype.startswith("float"):
+        raise SchemaError(
+            f"column '{spec.name}' holds {spec.dtype}, but {takes}: fractions would be cut off. Cast the column to an"
+            " integer type.",
+            column=spec.name,
+            expected=wanted.dtype,
+            found=spec.dtype,
+        )
+    _check_exact(spec, wanted.dtype, f"but {takes}")
+
+
+def _check_exact(spec: ColumnSpec, dtype: str, where: str) -> None:
+    """Refuse a date or timestamp that would be rounded."""
+    allowed = _EXACT.get(spec.kind)
+    if allowed is None or dtype in allowed:
+        return
+    stored = "days since 1970 (int32)" if spec.kind == "date" else "microseconds since 1970 (int64)"
+    wide = "int32 or float32" if spec.kind == "date" else "int64 or float64"
+    raise SchemaError(
+        f"column '{spec.name}' is a {spec.kind}, stored as {stored}, {where}, which cannot hold that exactly. Give the"
+        f" model {wide}, or derive numbers from the column, such as dayofweek(), hour() or differences of"
+        " unix_timestamp().",
+        column=spec.name,
+        expected=wide,
+        found=dtype,
+    )
+
+
+def _refuse_string(name: str, why: str) -> NoReturn:
+    raise SchemaError(
+        f"column '{name}' has type string, but {why}. Turn it into numbers first, for instance with StringIndexer, or"
+        " give the model an input of dtype string with a layer that looks strings up.",
+        column=name,
+        expected="numbers",
+        found="string",
+    )
+
+
 def _labels(
     label_cols: Sequence[str],
-    specs: dict[str, ColumnSpec],
+    specs: Specs,
     outputs: Sequence[ModelTensor] | None,
     shapes: Sequence[Sequence[int]] | None,
 ) -> tuple[TensorSpec, ...]:
@@ -254,22 +229,30 @@ def _labels(
             f"label_shapes has {len(shapes)} entries for {len(label_cols)} label_cols; give one shape per label",
             param="label_shapes",
         )
-    labels = []
-    for index, name in enumerate(label_cols):
-        output = outputs[index] if outputs is not None else None
-        dtype = _numpy_dtype(output.dtype) if output is not None else "float32"
-        shape = _label_shape(specs[name], output, shapes[index] if shapes is not None else None)
-        # Integer labels stay integers: sparse losses take them as class numbers.
-        wide = specs[name].dtype == "float64" and dtype == "float32"
-        preferred = None
-        if shape is None and output is not None and output.size is not None:
-            preferred = tuple(axis or 0 for axis in output.shape)
-        labels.append(TensorSpec((name,), shape, "float32" if wide else None, preferred))
-    return tuple(labels)
+    return tuple(
+        _label(specs[name], None if outputs is None else outputs[index], None if shapes is None else shapes[index])
+        for index, name in enumerate(label_cols)
+    )
 
 
-def _label_shape(spec: ColumnSpec, output: ModelTensor | None, stated: Sequence[int] | None) -> tuple[int, ...] | None:
-    """Give a label the output's shape where it has as many values, else leave it flat."""
+def _label(spec: ColumnSpec, output: ModelTensor | None, stated: Sequence[int] | None) -> TensorSpec:
+    """Fit a column to one model output."""
+    given = "float32" if output is None else output.dtype
+    if spec.kind == "string" and given != "string":
+        _refuse_string(spec.name, "a label is compared with what the model gives, which are numbers")
+    _check_exact(spec, given, f"but the model's output is {given}")
+    shape = _label_shape(spec, output, stated)
+    # Integer labels stay integers: sparse losses take them as class numbers.
+    is_wide = spec.dtype == "float64" and _numpy_dtype(given) == "float32"
+    dtype = "string" if spec.kind == "string" else "float32" if is_wide else None
+    preferred = None
+    if shape is None and output is not None and output.size is not None:
+        preferred = tuple(axis or 0 for axis in output.shape)
+    return TensorSpec((spec.name,), shape, dtype, preferred)
+
+
+def _label_shape(spec: ColumnSpec, output: ModelTensor | None, stated: Sequence[int] | None) -> Shape | None:
+    """Give a label the output's shape where it has as many values, else leave it to the rows."""
     if stated is not None:
         return tuple(stated)
     if output is not None and output.size is not None and spec.size == output.size:
@@ -277,18 +260,36 @@ def _label_shape(spec: ColumnSpec, output: ModelTensor | None, stated: Sequence[
     return (1,) if spec.size == 1 else None
 
 
-def _open_dtype(group: Iterable[str], specs: dict[str, ColumnSpec]) -> str | None:
-    """For a model that does not state its input's dtype: Keras' float32, but integers stay as they are."""
-    kinds = {np.dtype(specs[name].dtype).kind for name in group}
-    return "float32" if kinds - set("iu") else None
-
-
-def _narrow(spec: ColumnSpec, tensors: Iterable[TensorSpec]) -> ColumnSpec:
-    """Store float64 as float32 where nobody asks for more."""
-    wanted = {tensor.dtype for tensor in tensors if spec.name in tensor.columns}
+def _stored(spec: ColumnSpec, axes: int, tensors: Iterable[TensorSpec], sparse: bool) -> ColumnSpec:
+    """Decide how a column is stored, now that the tensors it fills are known."""
+    mine = [tensor for tensor in tensors if spec.name in tensor.columns]
+    wanted = {tensor.dtype for tensor in mine}
     if spec.dtype == "float64" and wanted and wanted <= {"float32", "float16"}:
-        return dataclasses.replace(spec, dtype="float32")
+        # Nobody asks for more.
+        spec = dataclasses.replace(spec, dtype="float32")
+    alone = {tensor.shape for tensor in mine if tensor.columns == (spec.name,) and tensor.shape is not None}
+    shape = alone.pop() if len(alone) == 1 else None
+    if spec.kind == "binary" and shape is not None:
+        # Raw bytes are told from encoded images by their number.
+        spec = spec.with_shape(shape)
+    if spec.fill is not None and spec.size is None and axes == 1 and shape is not None:
+        # There may be nothing but nulls where a task begins.
+        spec = dataclasses.replace(spec, size=math.prod(shape))
+    if spec.kind == "vector":
+        width = spec.size if spec.size is not None else math.prod(shape or ())
+        if sparse or width > SPARSE_WIDTH:
+            spec = _sparse(spec)
     return spec
+
+
+def _sparse(spec: ColumnSpec) -> ColumnSpec:
+    if spec.fill:
+        raise ParamError(
+            f"fill_nulls={{'{spec.name}': {spec.fill!r}}}: the column's vectors are stored sparse; give 0, or fill them"
+            " in the DataFrame",
+            param="fill_nulls",
+        )
+    return dataclasses.replace(spec, storage="sparse")
 
 
 def _numpy_dtype(name: str) -> str:
@@ -297,48 +298,43 @@ def _numpy_dtype(name: str) -> str:
 
 
 def _show(shape: Sequence[int | None]) -> str:
-    return "(" + ", ".join("?" if axis is None else str(axis) for axis in shape) + ")"
+    return "(" + ", ".join("?" if axis in (None, -1) else str(axis) for axis in shape) + ")"
 
 
 def resolve(batch: BatchSpec, columns: Sequence[ColumnSpec]) -> BatchSpec:
-    """Give every tensor its shape, now that all columns' sizes are known.
+    """Give every tensor its shape, now that all columns' shapes are known.
 
     Raises
     ------
     SchemaError
-        When the columns hold another number of values than the model takes.
+        When the columns hold another number of values than the model takes, or have other axes.
     """
     specs = {spec.name: spec for spec in columns}
-
-    def shaped(tensor: TensorSpec) -> TensorSpec:
-        size = sum(specs[name].size or 0 for name in tensor.columns)
-        if tensor.size not in (None, size):
-            raise SchemaError(
-                f"the columns {', '.join(tensor.columns)} hold {size} values per row, but the model takes {tensor.size}"
-                f" (shape {_show(tensor.shape or ())})",
-                column=tensor.columns[0],
-                expected=f"{tensor.size} values",
-                found=f"{size} values",
-            )
-        if tensor.shape is not None:
-            return tensor
-        shape = tensor.shape_for(size)
-        if shape is None and tensor.preferred_shape is not None and -1 in tensor.preferred_shape:
-            wanted = _show([None if axis == -1 else axis for axis in tensor.preferred_shape])
-            raise SchemaError(
-                f"the columns {', '.join(tensor.columns)} hold {size} values per row, which do not fill the model's"
-                f" shape {wanted}",
-                column=tensor.columns[0],
-                expected=f"a shape {wanted}",
-                found=f"{size} values",
-            )
-        return dataclasses.replace(tensor, shape=shape or (size,))
-
     return dataclasses.replace(
         batch,
-        features=tuple(shaped(tensor) for tensor in batch.features),
-        labels=tuple(shaped(tensor) for tensor in batch.labels),
+        features=tuple(_resolved(tensor, specs) for tensor in batch.features),
+        labels=tuple(_resolved(tensor, specs) for tensor in batch.labels),
     )
+
+
+def _resolved(tensor: TensorSpec, specs: Specs) -> TensorSpec:
+    found = specs[tensor.columns[0]].row_shape
+    if len(tensor.columns) > 1 or found is None:
+        found = (sum(specs[name].size or 0 for name in tensor.columns),)
+    shape = tensor.shape_for(found)
+    if shape is None and (tensor.shape is not None or tensor.has_open_axis):
+        held = f"{math.prod(found)} values per row" + (f" (shape {_show(found)})" if len(found) > 1 else "")
+        if tensor.shape is not None:
+            wanted = f"but the model takes {tensor.size} (shape {_show(tensor.shape)})"
+        else:
+            wanted = f"which do not fill the model's shape {_show(tensor.preferred_shape or ())}"
+        raise SchemaError(
+            f"the columns {', '.join(tensor.columns)} hold {held}, {wanted}",
+            column=tensor.columns[0],
+            expected=_show(tensor.shape or tensor.preferred_shape or ()),
+            found=_show(found),
+        )
+    return dataclasses.replace(tensor, shape=found if shape is None else shape)
 
 
 def split_condition(schema: T.StructType, validation: float | str | None) -> str | None:

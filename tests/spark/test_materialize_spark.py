@@ -17,10 +17,10 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from hvdspark import Store
+from hvdspark.data.columns import column_spec
 from hvdspark.data.materialize import DATASETS, load_manifest, materialize
 from hvdspark.data.partitions import TRAIN, VAL, Split
 from hvdspark.data.reader import ShardReader
-from hvdspark.data.schema import column_spec
 from hvdspark.data.shards import plan_shards, reads_of
 from hvdspark.errors import EmptyDatasetError, NullValueError, RaggedArrayError
 from hvdspark.plan import ColumnSpec

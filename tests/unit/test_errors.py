@@ -13,6 +13,7 @@ FIELDS = {
     errors.SchemaError: {"column": "a", "expected": "a number", "found": "string"},
     errors.NullValueError: {"column": "a", "count": 3},
     errors.RaggedArrayError: {"column": "a", "lengths": (2, 3)},
+    errors.ImageError: {"column": "a", "expected": "28x28x1", "found": "28x28x3"},
     errors.ValueRangeError: {"column": "a", "dtype": "float32"},
     errors.StoreError: {"url": "/x"},
     errors.NotEnoughSlotsError: {"needed": 4, "available": 2},

@@ -23,11 +23,11 @@ from hypothesis.extra import numpy as hnp
 
 from hvdspark import Store
 from hvdspark.data import petastorm_compat  # noqa: F401  (must come before petastorm)
-from hvdspark.data.arrays import VECTOR_TYPE
 from hvdspark.data.materialize import DATASETS, MANIFEST, load_manifest, materialize
 from hvdspark.data.partitions import TRAIN, VAL, Split
 from hvdspark.data.reader import ShardReader, read_group
 from hvdspark.data.shards import plan_shards, reads_of
+from hvdspark.data.vectors import VECTOR_TYPE
 from hvdspark.errors import CorruptDatasetError, EmptyDatasetError, NullValueError, RaggedArrayError, ValueRangeError
 from hvdspark.plan import ColumnSpec, GroupRead, Manifest
 

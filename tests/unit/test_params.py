@@ -34,6 +34,12 @@ GOOD: dict[str, tuple[Any, Any]] = {
     "validation": ("held_out", "held_out"),
     "sample_weight_col": ("w", "w"),
     "label_shapes": ([(1,), [2, 3]], [[1], [2, 3]]),
+    "fill_nulls": ({"a": 0, "b": "x"}, {"a": 0, "b": "x"}),
+    "padding": (
+        {"t": 0, "u": {"value": 1.5, "length": 4}},
+        {"t": {"value": 0, "length": None}, "u": {"value": 1.5, "length": 4}},
+    ),
+    "compress_sparse_cols": (True, True),
     "shuffle": (False, False),
     "random_seed": (11, 11),
     "verbose": (0, 0),

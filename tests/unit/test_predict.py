@@ -14,7 +14,7 @@ import pytest
 from pyspark.ml.linalg import VectorUDT
 from pyspark.sql import types as T
 
-from hvdspark.data.arrays import VECTOR_TYPE
+from hvdspark.data.vectors import VECTOR_TYPE
 from hvdspark.errors import NullValueError, ParamError, RaggedArrayError, SchemaError
 from hvdspark.plan import ColumnKind, ColumnSpec, ModelTensor, TensorSpec
 from hvdspark.predict import OutputColumn, ScorePlan, output_columns, score_batch, scored_schema

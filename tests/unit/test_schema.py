@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from column_kinds import IMAGE
 from pyspark.ml.linalg import VectorUDT
 from pyspark.mllib.linalg import VectorUDT as OldVectorUDT
 from pyspark.sql import types as T
 
-from hvdspark.data.schema import check_columns, column_spec, resolve, split_condition
+from hvdspark.data.columns import column_spec
+from hvdspark.data.missing import Missing
+from hvdspark.data.schema import SPARSE_WIDTH, check_columns, resolve, split_condition
 from hvdspark.errors import ParamError, SchemaError
-from hvdspark.plan import ColumnSpec, ModelTensor, TensorSpec
+from hvdspark.plan import BatchSpec, ColumnSpec, ModelTensor, TensorSpec
 
 SCHEMA = (
     T.StructType()
@@ -28,6 +31,12 @@ SCHEMA = (
     .add("vector", VectorUDT())
     .add("known", VectorUDT(), metadata={"ml_attr": {"num_attrs": 4}})
     .add("text", T.StringType())
+    .add("day", T.DateType())
+    .add("moment", T.TimestampType())
+    .add("local", T.TimestampNTZType())
+    .add("bytes", T.BinaryType())
+    .add("image", IMAGE)
+    .add("matrix", T.ArrayType(T.ArrayType(T.FloatType())))
     .add("other.name", T.DoubleType())
 )
 
@@ -51,6 +60,13 @@ def tensor(*shape: int | None, dtype: str = "float32", name: str = "x") -> Model
         ("ints", ColumnSpec("ints", "array", "int64", None)),
         ("vector", ColumnSpec("vector", "vector", "float64", None)),
         ("known", ColumnSpec("known", "vector", "float64", 4)),
+        ("text", ColumnSpec("text", "string", "string", storage="text")),
+        ("day", ColumnSpec("day", "date", "int32")),
+        ("moment", ColumnSpec("moment", "timestamp", "int64")),
+        ("local", ColumnSpec("local", "timestamp", "int64")),
+        ("bytes", ColumnSpec("bytes", "binary", "uint8", None)),
+        ("image", ColumnSpec("image", "image", "uint8", None)),
+        ("matrix", ColumnSpec("matrix", "array", "float32", None)),
         ("other.name", ColumnSpec("other.name", "scalar", "float64")),
     ],
 )
@@ -74,18 +90,16 @@ def test_metadata_without_a_size_leaves_the_size_to_the_rows(metadata: dict[str,
 @pytest.mark.parametrize(
     ("data_type", "remedy"),
     [
-        (T.StringType(), "StringIndexer"),
         (T.DecimalType(10, 2), "cast it to double"),
-        (T.DateType(), "dayofyear"),
-        (T.TimestampType(), "unix_timestamp"),
-        (T.BinaryType(), "array<float>"),
         (T.MapType(T.StringType(), T.DoubleType()), "select the entries"),
         (T.StructType().add("x", T.DoubleType()), "select the fields"),
-        (T.ArrayType(T.ArrayType(T.FloatType())), "flatten"),
-        (T.TimestampNTZType(), "Remedy: "),
-        (T.DayTimeIntervalType(), "Remedy: "),
-        (T.VariantType(), "Remedy: "),
-        (T.NullType(), "Remedy: "),
+        (T.ArrayType(T.StringType()), r"array_join\(\)"),
+        (T.ArrayType(T.DateType()), r"transform\(\)"),
+        (T.ArrayType(T.ArrayType(T.DecimalType(10, 2))), "cast to array<double>"),
+        (T.DayTimeIntervalType(), "number"),
+        (T.YearMonthIntervalType(), "months"),
+        (T.VariantType(), r"variant_get\(\)"),
+        (T.NullType(), "cast it"),
     ],
     ids=lambda value: value.simpleString() if isinstance(value, T.DataType) else "",
 )
@@ -94,13 +108,6 @@ def test_every_other_type_is_refused_with_a_remedy(data_type: T.DataType, remedy
         column_spec(T.StructType().add("c", data_type), "c")
     assert (caught.value.column, caught.value.found) == ("c", data_type.simpleString())
     assert "Spark ML vector" in caught.value.expected
-
-
-@pytest.mark.parametrize("element", [T.StringType(), T.DecimalType(10, 2)], ids=lambda value: value.simpleString())
-def test_arrays_of_no_numbers_are_not_told_to_flatten(element: T.DataType) -> None:
-    with pytest.raises(SchemaError) as caught:
-        column_spec(T.StructType().add("c", T.ArrayType(element)), "c")
-    assert "flatten" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +346,7 @@ def test_a_validation_column_is_a_number_or_a_boolean(name: str) -> None:
     assert split_condition(SCHEMA, name) == name
 
 
-@pytest.mark.parametrize(("name", "message"), [("floats", "0/1"), ("known", "0/1"), ("text", "StringIndexer")])
+@pytest.mark.parametrize(("name", "message"), [("floats", "0/1"), ("known", "0/1"), ("text", "0/1")])
 def test_a_validation_column_of_another_type_is_refused(name: str, message: str) -> None:
     with pytest.raises(SchemaError, match=message) as caught:
         split_condition(SCHEMA, name)
@@ -366,3 +373,210 @@ def test_an_open_axis_of_an_input_is_told_by_the_columns() -> None:
         resolve(batch, columns)
     with pytest.raises(ParamError, match=r"only one axis can be told"):
         check_columns(SCHEMA, feature_cols=["known"], inputs=[ModelTensor("x", (None, None), "float32")])
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "remedy"),
+    [
+        ("moment", "float32", "int64 or float64.*unix_timestamp"),
+        ("moment", "float16", "int64 or float64"),
+        ("moment", "int32", "int64 or float64"),
+        ("local", "bfloat16", "int64 or float64"),
+        ("day", "float16", "int32 or float32.*dayofweek"),
+        ("day", "int16", "int32 or float32"),
+    ],
+)
+def test_times_that_the_model_would_round_are_refused(name: str, dtype: str, remedy: str) -> None:
+    with pytest.raises(SchemaError, match=rf"column '{name}' .* takes {dtype}, which cannot hold.*{remedy}") as caught:
+        check_columns(SCHEMA, feature_cols=[name], inputs=[tensor(1, dtype=dtype)])
+    assert (caught.value.column, caught.value.found) == (name, dtype)
+    with pytest.raises(SchemaError, match=rf"column '{name}' .* output is {dtype}, which cannot hold"):
+        check_columns(SCHEMA, feature_cols=["f32"], label_cols=[name], outputs=[tensor(1, dtype=dtype)])
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("moment", "int64"), ("moment", "float64"), ("day", "int32"), ("day", "float32")]
+)
+def test_times_that_the_model_holds_are_stored_as_whole_numbers(name: str, dtype: str) -> None:
+    columns, batch = check_columns(SCHEMA, feature_cols=[name], inputs=[tensor(1, dtype=dtype)])
+    assert columns == (column_spec(SCHEMA, name),)
+    assert batch.features[0].dtype == dtype
+
+
+def test_a_model_that_states_no_inputs_takes_a_timestamp_alone_but_not_beside_fractions() -> None:
+    columns, batch = check_columns(SCHEMA, feature_cols=["moment"])
+    assert (columns[0].dtype, batch.features[0].dtype) == ("int64", None)
+    with pytest.raises(SchemaError, match=r"'moment' is a timestamp.*fed as float32"):
+        check_columns(SCHEMA, feature_cols=[["moment", "f64"]])
+
+
+def test_strings_go_to_inputs_of_strings_and_nowhere_else() -> None:
+    columns, batch = check_columns(SCHEMA, feature_cols=["text"], inputs=[tensor(1, dtype="string")])
+    assert (columns[0].storage, batch.features[0]) == ("text", TensorSpec(("text",), (1,), "string"))
+    with pytest.raises(SchemaError, match=r"'text' has type string, but .*'x' takes float32.*StringIndexer"):
+        check_columns(SCHEMA, feature_cols=["text"], inputs=[tensor(1)])
+    with pytest.raises(SchemaError, match=r"does not state that it takes strings"):
+        check_columns(SCHEMA, feature_cols=["text"])
+    with pytest.raises(SchemaError, match=r"'i64' holds int64, but .*'x' takes string; cast the column"):
+        check_columns(SCHEMA, feature_cols=["i64"], inputs=[tensor(1, dtype="string")])
+
+
+def test_a_string_is_no_label_unless_the_model_gives_strings() -> None:
+    with pytest.raises(SchemaError, match=r"column 'text'.*StringIndexer"):
+        check_columns(SCHEMA, feature_cols=["f32"], label_cols=["text"], outputs=[tensor(1)])
+    with pytest.raises(SchemaError, match=r"column 'text'.*StringIndexer"):
+        check_columns(SCHEMA, feature_cols=["f32"], label_cols=["text"])
+    _, batch = check_columns(SCHEMA, feature_cols=["f32"], label_cols=["text"], outputs=[tensor(1, dtype="string")])
+    assert batch.labels[0].dtype == "string"
+
+
+@pytest.mark.parametrize(
+    ("width", "sparse", "storage"),
+    [
+        (SPARSE_WIDTH, False, "dense"),
+        (SPARSE_WIDTH + 1, False, "sparse"),
+        (None, False, "dense"),
+        (None, True, "sparse"),
+        (4, True, "sparse"),
+    ],
+)
+def test_wide_vectors_are_stored_sparse(width: int | None, sparse: bool, storage: str) -> None:
+    stated = {} if width is None else {"ml_attr": {"num_attrs": width}}
+    by_metadata = T.StructType().add("v", VectorUDT(), metadata=stated)
+    columns, _ = check_columns(by_metadata, feature_cols=["v"], sparse=sparse)
+    assert columns[0].storage == storage
+    if width is not None:
+        columns, _ = check_columns(SCHEMA, feature_cols=["vector"], inputs=[tensor(width)], sparse=sparse)
+        assert columns[0].storage == storage
+
+
+@pytest.mark.parametrize(
+    ("fills", "filled"),
+    [
+        ({"i8": -128}, -128),
+        ({"i64": 2**63 - 1}, 2**63 - 1),
+        ({"i32": 3.0}, 3),
+        ({"f32": 1}, 1.0),
+        ({"flag": True}, True),
+        ({"flag": 0}, False),
+        ({"floats": 0.5}, 0.5),
+        ({"vector": 0}, 0.0),
+        ({"text": ""}, ""),
+        ({"day": "1970-01-03"}, 2),
+        ({"day": -1}, -1),
+        ({"moment": "1970-01-01T01:00:00+01:00"}, 0),
+        ({"local": "1970-01-01T00:00:01"}, 1_000_000),
+    ],
+    ids=str,
+)
+def test_a_fill_is_kept_as_the_column_has_it(fills: dict[str, Any], filled: Any) -> None:
+    [name] = fills
+    found = Missing.from_params(fills, None).apply({name: column_spec(SCHEMA, name)})[name].fill
+    assert (found, type(found)) == (filled, type(filled))
+
+
+@pytest.mark.parametrize(
+    "fills",
+    [
+        {"i8": 128},
+        {"i32": 0.5},
+        {"i32": float("nan")},
+        {"i32": True},
+        {"i32": "0"},
+        {"f32": 1e39},
+        {"f64": "nan"},
+        {"flag": 2},
+        {"text": 0},
+        {"day": "yesterday"},
+        {"day": 1.5},
+        {"moment": "2020-13-01"},
+        {"bytes": 0},
+        {"image": 0},
+        {"absent": 0},
+    ],
+    ids=str,
+)
+def test_a_fill_that_the_column_cannot_hold_is_refused(fills: dict[str, Any]) -> None:
+    [name] = fills
+    specs = {} if name == "absent" else {name: column_spec(SCHEMA, name)}
+    with pytest.raises(ParamError, match=rf"fill_nulls.*'{name}'") as caught:
+        Missing.from_params(fills, None).apply(specs)
+    assert caught.value.param == "fill_nulls"
+
+
+def test_sparse_vectors_are_filled_with_zeros_only() -> None:
+    with pytest.raises(ParamError, match=r"stored sparse; give 0"):
+        check_columns(SCHEMA, feature_cols=["known"], missing=Missing({"known": 1.0}), sparse=True)
+
+
+def padded(value: Any = 0, length: int | None = None) -> Missing:
+    return Missing.from_params(None, {"ints": {"value": value, "length": length}})
+
+
+def test_padding_goes_to_the_length_that_the_model_leaves() -> None:
+    columns, _ = check_columns(SCHEMA, feature_cols=["ints"], inputs=[tensor(6, dtype="int64")], missing=padded())
+    assert columns == (ColumnSpec("ints", "array", "int64", 6, padding=0),)
+    columns, _ = check_columns(SCHEMA, feature_cols=[["known", "ints"]], inputs=[tensor(6)], missing=padded())
+    assert columns[1].size == 2
+    columns, batch = check_columns(
+        SCHEMA, feature_cols=["ints"], inputs=[tensor(None, dtype="int64")], missing=padded(length=9)
+    )
+    assert resolve(batch, columns).features[0].shape == (9,)
+
+
+@pytest.mark.parametrize(
+    ("missing", "size", "message"),
+    [
+        (padded(), None, r"padding of 'ints' has no length"),
+        (padded(length=5), 6, r"hold 5 values per row, but the model's input 'x' takes 6"),
+        (padded(0.5), 6, r"padding=.*0\.5.*whole number"),
+        (Missing.from_params(None, {"i64": {"value": 0}}), 6, r"padding names the column 'i64', which is neither"),
+    ],
+    ids=["no length", "wrong length", "wrong value", "no array"],
+)
+def test_padding_that_does_not_fit_is_refused_before_a_job(missing: Missing, size: int | None, message: str) -> None:
+    with pytest.raises((ParamError, SchemaError), match=message):
+        check_columns(SCHEMA, feature_cols=["ints"], inputs=[tensor(size, dtype="int64")], missing=missing)
+
+
+def test_only_arrays_are_padded() -> None:
+    with pytest.raises(ParamError, match=r"'known', which is no array"):
+        check_columns(SCHEMA, feature_cols=["known"], missing=Missing.from_params(None, {"known": {"value": 0}}))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found", "shape"),
+    [
+        ((8, 8, 1), (64,), (8, 8, 1)),
+        ((64,), (8, 8, 1), (64,)),
+        ((8, 8, 1), (8, 8), (8, 8, 1)),
+        ((8, 8), (8, 8, 1), (8, 8)),
+        ((4, 6), (6, 4), None),
+        ((2, 3, 4), (4, 6), None),
+        ((None, None, 3), (5, 7, 3), (5, 7, 3)),
+        ((None, None, 3), (5, 7, 1), None),
+        ((None, None, 1), (5, 7), (5, 7, 1)),
+        ((None, 3), (12,), (4, 3)),
+        ((), (1,), ()),
+    ],
+)
+def test_rows_keep_their_axes_on_the_way_into_the_model(
+    wanted: tuple[int | None, ...], found: tuple[int, ...], shape: tuple[int, ...] | None
+) -> None:
+    if None in wanted:
+        given = TensorSpec(("c",), None, None, tuple(-1 if axis is None else axis for axis in wanted))
+    else:
+        given = TensorSpec(("c",), tuple(axis or 0 for axis in wanted))
+    assert given.shape_for(found) == shape
+    column = ColumnSpec("c", "array", "float32").with_shape(found)
+    if shape is None:
+        with pytest.raises(SchemaError, match=r"the columns c hold .* values per row \(shape"):
+            resolve(BatchSpec((given,), ()), [column])
+    else:
+        assert resolve(BatchSpec((given,), ()), [column]).features[0].shape == shape
+
+
+def test_images_tell_several_open_axes() -> None:
+    for name in ("bytes", "image", "matrix"):
+        _, batch = check_columns(SCHEMA, feature_cols=[name], inputs=[tensor(None, None, 3)])
+        assert batch.features[0].preferred_shape == (-1, -1, 3)

@@ -1,0 +1,138 @@
+"""Blocks: the values of one column for some rows, as they move from the files to the batches.
+
+Most blocks are NumPy arrays. What takes far less room as it was stored (sparse vectors, encoded images, text) stays so
+in a :class:`LateBlock`, and becomes an array only a few rows at a time.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from hvdspark.errors import ValueRangeError
+from hvdspark.plan import Storage
+
+# C-contiguous, of shape ``(rows, …)``.
+Block = npt.NDArray[Any]
+Rows = slice | npt.NDArray[np.integer[Any]] | npt.NDArray[np.bool_]
+
+# Late blocks are made dense this many bytes at a time: more than a usual batch, little beside a rank's memory.
+DENSE_BYTES = 16 << 20
+
+
+class LateBlock(abc.ABC):
+    """Rows that are not an array yet. Cut and joined like one, by slices, index arrays and masks of rows."""
+
+    @property
+    @abc.abstractmethod
+    def storage(self) -> Storage:
+        """How the rows are stored."""
+
+    @property
+    @abc.abstractmethod
+    def nbytes(self) -> int:
+        """Bytes that the rows take as they are."""
+
+    @property
+    @abc.abstractmethod
+    def dense_row_bytes(self) -> int:
+        """Bytes that a row takes once it is dense, to plan with."""
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def __getitem__(self, rows: Rows) -> Self: ...
+
+    @abc.abstractmethod
+    def joined_to(self, others: Sequence[Self]) -> Self:
+        """Return the rows of this block and of others of its kind, in order."""
+
+    @abc.abstractmethod
+    def to_dense(self, dtype: str | None, column: str) -> Block:
+        """Make the rows an array.
+
+        Parameters
+        ----------
+        dtype
+            The values' dtype; ``None`` for their own.
+        column
+            Name of the column, for errors.
+
+        Raises
+        ------
+        DataError
+            When the values cannot be read, or do not fit the dtype.
+        """
+
+
+AnyBlock = Block | LateBlock
+Blocks = dict[str, AnyBlock]
+
+
+def concatenate(blocks: Sequence[AnyBlock]) -> AnyBlock:
+    """Join blocks of one column."""
+    first = blocks[0]
+    if len(blocks) == 1:
+        return first
+    if isinstance(first, LateBlock):
+        return first.joined_to([block for block in blocks[1:] if isinstance(block, LateBlock)])
+    return np.concatenate([block for block in blocks if isinstance(block, np.ndarray)])
+
+
+def storage_of(block: AnyBlock) -> Storage:
+    """Tell how a block is stored."""
+    return block.storage if isinstance(block, LateBlock) else "dense"
+
+
+def late_slices(blocks: Mapping[str, AnyBlock], max_rows: int | None = None) -> Iterator[slice]:
+    """Cut rows into slices whose late blocks stay small once they are dense.
+
+    Parameters
+    ----------
+    blocks
+        Blocks of the same rows.
+    max_rows
+        Rows of a slice at most; by default arrays are not cut at all.
+    """
+    rows = len(next(iter(blocks.values())))
+    row_bytes = sum(block.dense_row_bytes for block in blocks.values() if isinstance(block, LateBlock))
+    limit = rows if max_rows is None else max_rows
+    if row_bytes:
+        limit = min(limit, DENSE_BYTES // row_bytes)
+    step = max(limit, 1)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def cast(block: Block, dtype: str, column: str) -> Block:
+    """Give an array another dtype.
+
+    Raises
+    ------
+    ValueRangeError
+        When that cannot hold a value: an integer would wrap around, or a finite number become infinite.
+    """
+    target = np.dtype(dtype)
+    if block.dtype == target or not block.size:
+        return block.astype(target, copy=False)
+    fits = True
+    if target.kind in "iu" and block.dtype.kind in "iu" and not np.can_cast(block.dtype, target):
+        limits = np.iinfo(target)
+        fits = bool(block.min() >= limits.min and block.max() <= limits.max)
+    with np.errstate(over="ignore"):
+        narrowed = block.astype(target)
+    if target.kind == "f" and block.dtype.kind == "f" and target.itemsize < block.itemsize:
+        fits = bool(np.isfinite(narrowed).all()) or bool((np.isfinite(narrowed) == np.isfinite(block)).all())
+    if not fits:
+        raise ValueRangeError(
+            f"column '{column}' has values that {dtype} cannot hold, which is what the model takes; scale the column,"
+            " or give the model an input of a wider type",
+            column=column,
+            dtype=dtype,
+        )
+    return narrowed

@@ -1,0 +1,49 @@
+"""Blocks to the columns of a Parquet file and back."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pyarrow as pa
+
+from hvdspark.data.blocks import AnyBlock
+from hvdspark.data.cells import CellBlock, TextBlock
+from hvdspark.data.images import ImageBlock
+from hvdspark.data.npy import pack, unpack
+from hvdspark.data.sparse import SparseBlock
+from hvdspark.plan import ColumnSpec
+
+
+def to_parquet(block: AnyBlock) -> pa.Array:
+    """Return the column that stores a block: a Parquet number for one value per row, else a cell per row."""
+    if isinstance(block, SparseBlock | CellBlock):
+        return block.to_parquet()
+    assert isinstance(block, np.ndarray)
+    return pa.array(block.reshape(-1)) if math.prod(block.shape[1:]) == 1 else pack(block)
+
+
+def from_parquet(column: pa.Array, spec: ColumnSpec) -> AnyBlock:
+    """Read what :func:`to_parquet` made; raises ``ValueError`` when it is not what the spec says."""
+    try:
+        return _read(column, spec)
+    except ValueError as exc:
+        raise ValueError(f"column '{spec.name}': {exc}") from exc
+
+
+def _read(column: pa.Array, spec: ColumnSpec) -> AnyBlock:
+    shape = spec.row_shape
+    assert shape is not None
+    if spec.storage == "dense" and spec.size != 1:
+        return unpack(column, shape, spec.dtype)
+    if spec.storage == "dense":
+        values = np.asarray(column.to_numpy(zero_copy_only=spec.dtype != "bool"))
+        if values.dtype != spec.dtype:
+            raise ValueError(f"it is stored as {values.dtype}, not as {spec.dtype}")
+        return values.reshape(-1, *shape)
+    expected = pa.string() if spec.storage == "text" else pa.binary()
+    if column.type != expected:
+        raise ValueError(f"it is stored as {column.type}, not as {expected}")
+    if spec.storage == "sparse":
+        return SparseBlock.from_parquet(column, shape[0], spec.dtype)
+    return TextBlock(column) if spec.storage == "text" else ImageBlock(column, spec.storage)
