@@ -19,8 +19,10 @@ from pyspark.ml.linalg import DenseVector, SparseVector, Vectors, VectorUDT
 from pyspark.sql import types as T
 
 from hvdspark.data.blocks import AnyBlock, LateBlock
+from hvdspark.data.missing import Missing
+from hvdspark.data.schema import check_columns
 from hvdspark.data.vectors import VECTOR_TYPE
-from hvdspark.plan import ModelTensor
+from hvdspark.plan import BatchSpec, ColumnSpec, ModelTensor
 
 Block = npt.NDArray[Any]
 
@@ -146,7 +148,7 @@ def times(draw: st.DrawFn) -> Column:
         spark=T.TimestampNTZType() if zone is None else T.TimestampType(),
         arrow=pa.timestamp("us", tz=None if zone is None else "UTC"),
         takes=((1,), draw(st.sampled_from(["int64", "float64"]))),
-        value=st.datetimes(min_value=datetime.datetime(1900, 1, 1)).map(lambda moment: moment.replace(tzinfo=zone)),
+        value=st.datetimes().map(lambda moment: moment.replace(tzinfo=zone)),
         expected=lambda moment: np.array(
             [(moment.replace(tzinfo=datetime.UTC) - EPOCH) // datetime.timedelta(microseconds=1)], "int64"
         ),
@@ -280,18 +282,46 @@ def encode(pixels: Block, kind: str) -> bytes:
     return out.getvalue()
 
 
-columns = st.one_of(
-    scalars(), times(), texts(), arrays(), padded_arrays(), vectors(), raw_images(), encoded_images(), struct_images()
-)
+KINDS = (scalars, times, texts, arrays, padded_arrays, vectors, raw_images, encoded_images, struct_images)
+
+Parts = list[list[list[tuple[Any, ...]]]]
 
 
 @st.composite
-def tables(draw: st.DrawFn, max_columns: int = 4) -> tuple[dict[str, Column], list[list[list[tuple[Any, ...]]]]]:
+def tables(draw: st.DrawFn) -> tuple[dict[str, Column], Parts]:
     """Draw columns by name, and rows by partition and batch; some of either empty."""
-    found = {f"c{number}": draw(columns) for number in range(draw(st.integers(1, max_columns)))}
-    row = st.tuples(*[column.value for column in found.values()])
-    batches = st.lists(row, max_size=6)
-    parts = draw(st.lists(st.lists(batches, max_size=3), min_size=1, max_size=3))
+    columns = draw(st.lists(st.one_of([kind() for kind in KINDS]), min_size=1, max_size=4))
+    row = st.tuples(*[column.value for column in columns])
+    parts = draw(st.lists(st.lists(st.lists(row, max_size=6), max_size=3), min_size=1, max_size=3))
     if not any(rows for part in parts for rows in part):
         parts.append([draw(st.lists(row, min_size=1, max_size=3))])
-    return found, parts
+    return named(columns), parts
+
+
+@st.composite
+def wide_rows(draw: st.DrawFn) -> tuple[dict[str, Column], list[tuple[Any, ...]]]:
+    """Draw rows of several columns of every kind: many cases for one Spark job."""
+    columns = [draw(kind()) for kind in KINDS for _ in range(4)]
+    return named(columns), draw(st.lists(st.tuples(*[column.value for column in columns]), min_size=5, max_size=5))
+
+
+def named(columns: Sequence[Column]) -> dict[str, Column]:
+    return {f"c{number}": column for number, column in enumerate(columns)}
+
+
+def schema_of(columns: dict[str, Column]) -> T.StructType:
+    return T.StructType([T.StructField(name, column.spark) for name, column in columns.items()])
+
+
+def plan_of(columns: dict[str, Column], sparse: bool = False) -> tuple[tuple[ColumnSpec, ...], BatchSpec]:
+    """Plan how drawn columns are stored and fed, as ``fit`` does."""
+    return check_columns(
+        schema_of(columns),
+        feature_cols=list(columns),
+        inputs=[column.model_input(name) for name, column in columns.items()],
+        missing=Missing.from_params(
+            {name: column.fill for name, column in columns.items() if column.fill is not None},
+            {name: {"value": column.padding} for name, column in columns.items() if column.padding is not None},
+        ),
+        sparse=sparse,
+    )

@@ -7,32 +7,16 @@ from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
-from column_kinds import Column, rows_of, tables
+from column_kinds import Column, plan_of, rows_of, tables
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pyspark.sql import types as T
 
-from hvdspark.data.missing import Missing
 from hvdspark.data.partitions import TRAIN
 from hvdspark.data.reader import ShardReader
-from hvdspark.data.schema import check_columns, resolve
+from hvdspark.data.schema import resolve
 from hvdspark.data.shards import plan_shards, reads_of
 
 Write = Callable[..., Any]
-
-
-def check(columns: dict[str, Column], sparse: bool = False) -> Any:
-    schema = T.StructType([T.StructField(name, column.spark) for name, column in columns.items()])
-    return check_columns(
-        schema,
-        feature_cols=list(columns),
-        inputs=[column.model_input(name) for name, column in columns.items()],
-        missing=Missing.from_params(
-            {name: column.fill for name, column in columns.items() if column.fill is not None},
-            {name: {"value": column.padding} for name, column in columns.items() if column.padding is not None},
-        ),
-        sparse=sparse,
-    )
 
 
 def to_batch(columns: dict[str, Column], rows: list[tuple[Any, ...]]) -> pa.RecordBatch:
@@ -46,7 +30,7 @@ def test_every_value_of_every_kind_comes_back_once(
     write_dataset: Write, table: Any, sparse: bool, group_bytes: int, ranks: int
 ) -> None:
     columns, parts = table
-    specs, batch = check(columns, sparse)
+    specs, batch = plan_of(columns, sparse)
     written = write_dataset(
         specs, [[to_batch(columns, rows) for rows in batches] for batches in parts], group_bytes=group_bytes
     )
