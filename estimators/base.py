@@ -11,12 +11,14 @@ import abc
 import dataclasses
 import hashlib
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hvdspark.estimators.fitting import Fit
 from hvdspark.estimators.outputs import planned_outputs
 from hvdspark.estimators.params import EstimatorParams, ModelParams
+from hvdspark.estimators.sources import FrameSource, ParquetSource
 from pyspark.ml import Estimator, Model
 from pyspark.sql.types import StructType
 
@@ -25,6 +27,7 @@ from hvdspark.errors import ModelFormatError, ParamError
 from hvdspark.launch.barrier import LaunchOptions
 from hvdspark.plan import BatchSpec, ColumnSpec, FitPlan, ModelTensor, TrainResult
 from hvdspark.predict import OutputColumn, ScorePlan, score, scored_schema
+from hvdspark.run import active_session
 from hvdspark.store import Store
 from hvdspark.worker.checkpoint import run_folder
 from hvdspark.worker.job import Job
@@ -62,8 +65,36 @@ class HorovodEstimator(Estimator, EstimatorParams, abc.ABC):  # type: ignore[typ
     def _make_model(self, data: bytes, result: TrainResult) -> HorovodModel:
         """Wrap the trained model's file."""
 
+    def fit_on_parquet(
+        self, path: str | os.PathLike[str], validation_path: str | os.PathLike[str] | None = None
+    ) -> HorovodModel:
+        """Fit on Parquet files where they lie: nothing is written but the run.
+
+        Parameters
+        ----------
+        path
+            A file or folder, or an address that fsspec and Spark know, which the driver and all executors reach:
+            Parquet of any program (Spark's vectors and images too, but no partition folders), or a dataset that an
+            earlier fit left in a Store. The latter reads faster, and has its validation rows with it.
+        validation_path
+            Rows to validate on, likewise; ``validation`` cannot hold any out.
+
+        Returns
+        -------
+        HorovodModel
+            As of ``fit``.
+
+        Raises
+        ------
+        ConfigError, DataError
+            As ``fit``. Nulls that the files' footers do not count, and rows of different lengths, fail in the ranks.
+        """
+        places = (os.fspath(path), None if validation_path is None else os.fspath(validation_path))
+        return Fit(self._converted(), ParquetSource(active_session(), *places)).run()
+
     def _fit(self, dataset: DataFrame) -> HorovodModel:
-        return Fit(self._converted(), dataset).run()
+        estimator = self._converted()
+        return Fit(estimator, FrameSource(dataset, keep=estimator._value("keep_dataset"))).run()
 
     def _batch(self, frame_schema: StructType) -> tuple[tuple[ColumnSpec, ...], BatchSpec]:
         inputs, outputs = self._describe()

@@ -11,29 +11,28 @@ import logging
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import cloudpickle
 from hvdspark.estimators.outputs import planned_outputs
+from hvdspark.estimators.sources import Dataset, RowSource
 from pyspark.sql.types import StructType
 
 from hvdspark.data import schema
-from hvdspark.data.materialize import dataset_key, load_manifest, materialize
 from hvdspark.data.partitions import TRAIN, VAL, Split
 from hvdspark.data.shards import plan_shards
-from hvdspark.errors import ParamError, StoreError
+from hvdspark.errors import ParamError
 from hvdspark.launch.barrier import check_slots, count_slots, run_barrier
-from hvdspark.plan import BatchSpec, ColumnSpec, FitPlan, Manifest, TrainResult
+from hvdspark.plan import BatchSpec, ColumnSpec, FitPlan, TrainResult
 from hvdspark.predict import scored_schema
-from hvdspark.shelf import dataset_of
 from hvdspark.store import Store
 from hvdspark.worker.checkpoint import run_folder
 
 if TYPE_CHECKING:
     from hvdspark.estimators.base import HorovodEstimator, HorovodModel
-    from pyspark.sql import DataFrame, SparkSession
+    from pyspark.sql import SparkSession
 
 logger = logging.getLogger(__name__)
 
@@ -45,23 +44,25 @@ class Fit:
     ----------
     estimator
         What to fit, with all its values converted.
-    df
+    source
         The rows.
     """
 
-    def __init__(self, estimator: HorovodEstimator, df: DataFrame) -> None:
+    def __init__(self, estimator: HorovodEstimator, source: RowSource) -> None:
         self._estimator = estimator
-        self._df = df
+        self._source = source
         self._phases: dict[str, float] = {}
         self._run_id = estimator._value("run_id") or new_run_id(estimator._kind)
 
     def run(self) -> HorovodModel:
         """Fit, and return the model."""
-        estimator, session = self._estimator, self._df.sparkSession
+        estimator, session = self._estimator, self._source.session
         with self._timed("check"):
             store, columns, batch, num_proc = self._check(session)
-        with self._dataset(store, columns) as (dataset, manifest):
-            plan = self._plan(store, dataset, manifest, batch, num_proc)
+        with ExitStack() as stack:
+            with self._timed("write"):
+                dataset = stack.enter_context(self._source.dataset(store, columns, self._split()))
+            plan, manifest = self._plan(store, dataset, batch, num_proc), dataset.manifest
             self._say(
                 f"{manifest.rows(TRAIN)} training and {manifest.rows(VAL)} validation rows, {num_proc} ranks,"
                 f" {plan.train.steps} steps per epoch"
@@ -82,25 +83,6 @@ class Fit:
         self._say("phases: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self._phases.items()))
         return model
 
-    @contextmanager
-    def _dataset(self, store: Store, columns: tuple[ColumnSpec, ...]) -> Iterator[tuple[str, Manifest]]:
-        """Find the dataset that an earlier fit wrote of the same rows, or write it."""
-        split = self._split()
-
-        def write(dataset: str) -> None:
-            with suppress(OSError, StoreError):
-                store.gc()
-            materialize(self._df, columns, split, store, dataset)
-
-        with ExitStack() as stack:
-            with self._timed("write"):
-                key = dataset_key(self._df, columns, split) if self._estimator._value("keep_dataset") else None
-                # Without a key nobody could find it again.
-                held = dataset_of(store, key or uuid.uuid4().hex, write, keep=key is not None)
-                dataset = stack.enter_context(held)
-                manifest = load_manifest(store, dataset)
-            yield dataset, manifest
-
     def _check(self, session: SparkSession) -> tuple[Store, tuple[ColumnSpec, ...], BatchSpec, int]:
         """Find every error that can be found without a Spark job."""
         estimator = self._estimator
@@ -111,12 +93,12 @@ class Fit:
                 f"store={store!r} is a {type(store).__name__}; give hvdspark.Store.create('/shared/folder')",
                 param="store",
             )
-        columns, batch = estimator._batch(self._df.schema)
+        self._source.check(estimator._value("validation"))
+        columns, batch = estimator._batch(self._source.schema)
         _, outputs = estimator._describe()
         if outputs is not None:
             # What transform would refuse is found out now, not after the training.
             scored_schema(StructType(), planned_outputs(estimator, outputs))
-        schema.split_condition(self._df.schema, estimator._value("validation"))
         num_proc = estimator._value("num_proc") or count_slots(session)
         check_slots(session, num_proc, estimator._launch_options(self._run_id, store).slots_timeout_s)
         store.check_writable()
@@ -134,8 +116,8 @@ class Fit:
             return Split(column=validation, seed=seed)
         return Split(fraction=validation or 0.0, seed=seed)
 
-    def _plan(self, store: Store, dataset: str, manifest: Manifest, batch: BatchSpec, num_proc: int) -> FitPlan:
-        value = self._estimator._value
+    def _plan(self, store: Store, dataset: Dataset, batch: BatchSpec, num_proc: int) -> FitPlan:
+        value, manifest = self._estimator._value, dataset.manifest
         shuffle, seed, batch_rows = value("shuffle"), value("random_seed"), value("batch_size")
         train = plan_shards(manifest.splits[TRAIN], num_proc, batch_rows, keep_order=not shuffle, seed=seed)
         val = None
@@ -145,7 +127,8 @@ class Fit:
         return FitPlan(
             run_id=self._run_id,
             store=store.ref(),
-            dataset=dataset,
+            data=dataset.store.ref(),
+            dataset=dataset.folder,
             columns=manifest.columns,
             batch=schema.resolve(batch, manifest.columns),
             train=train,

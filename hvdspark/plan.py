@@ -43,6 +43,8 @@ class ColumnSpec:
         What stands for a null; ``None`` refuses nulls.
     padding
         What fills up rows that are shorter than ``size``; ``None`` refuses them.
+    packed
+        Whether it lies as this library writes it; otherwise as Spark does.
     """
 
     name: str
@@ -53,6 +55,7 @@ class ColumnSpec:
     storage: Storage = "dense"
     fill: Filler | None = None
     padding: Filler | None = None
+    packed: bool = True
 
     @property
     def row_shape(self) -> Shape | None:
@@ -255,11 +258,12 @@ def _column(shape: list[int] | None = None, **values: Any) -> ColumnSpec:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """Which rows go to which rank in which step; decided once, on the driver.
+    """Which rows go to which rank in which step; decided once, for all ranks.
 
     Every step but the last has ``batch_rows`` rows on every rank; the rows that remain are spread evenly
     over the ranks in the last step. So all ranks take the same number of steps, shards differ by at most one
-    row, and a step holds as many rows as one process with the whole batch would have had in it.
+    row, and a step holds as many rows as one process with the whole batch would have had in it. With ``shares``,
+    which rows are whose is given; ranks then may have fewer rows in some of the last steps, or none.
 
     Parameters
     ----------
@@ -272,12 +276,15 @@ class ShardPlan:
     striped
         ``True``: the ranks share each step's consecutive rows, so that the order over all ranks is that of
         the data. ``False``: each rank has one consecutive piece of the data, read once by nobody else.
+    shares
+        Rows of each rank, where they lie with the ranks already; ``None`` shares them evenly.
     """
 
     groups: tuple[RowGroup, ...]
     size: int
     batch_rows: int
     striped: bool = False
+    shares: tuple[int, ...] | None = None
 
     @property
     def rows(self) -> int:
@@ -287,10 +294,14 @@ class ShardPlan:
     @property
     def steps(self) -> int:
         """Steps of one pass over the rows, the same on every rank."""
+        if self.shares is not None:
+            return -(-max(self.shares) // self.batch_rows)
         return -(-self.rows // (self.batch_rows * self.size))
 
     def rows_at(self, rank: int, step: int) -> int:
         """Count the rows that a rank has in a step."""
+        if self.shares is not None:
+            return min(max(self.shares[rank] - step * self.batch_rows, 0), self.batch_rows)
         if step < self.steps - 1:
             return self.batch_rows
         share, extra = divmod(self.total_rows_at(step), self.size)
@@ -298,17 +309,25 @@ class ShardPlan:
 
     def total_rows_at(self, step: int) -> int:
         """Count the rows of all ranks together in a step."""
+        if self.shares is not None:
+            return sum(self.rows_at(rank, step) for rank in range(self.size))
         full = self.batch_rows * self.size
         return full if step < self.steps - 1 else self.rows - full * (self.steps - 1)
 
     def rows_of(self, rank: int) -> int:
         """Count the rows that a rank has in one pass."""
+        if self.shares is not None:
+            return self.shares[rank]
         return self.batch_rows * (self.steps - 1) + self.rows_at(rank, self.steps - 1)
+
+    def own_steps(self, rank: int) -> int:
+        """Count the steps of a pass in which a rank has rows; they are the first ones."""
+        return -(-self.rows_of(rank) // self.batch_rows)
 
     @property
     def has_idle_steps(self) -> bool:
-        """Whether some rank has no row of its own in the last step."""
-        return self.rows_at(self.size - 1, self.steps - 1) == 0
+        """Whether some rank has no row of its own in some step."""
+        return any(self.own_steps(rank) < self.steps for rank in range(self.size))
 
 
 @dataclass(frozen=True)
@@ -356,9 +375,9 @@ class FitPlan:
     run_id
         Name of the run; its folder in the Store.
     store
-        Where data, checkpoints and the model live.
+        Where checkpoints and the model go.
     dataset
-        Folder of the materialized dataset, relative to the Store.
+        Folder of the rows, relative to the Store that they are in; empty where they lie in its top folder.
     columns
         The stored columns.
     batch
@@ -369,6 +388,8 @@ class FitPlan:
         Passes over the training rows (or over ``train_steps_per_epoch`` steps).
     shuffle, seed
         Whether rows are shuffled, and the seed of everything random.
+    data
+        The Store that the rows are in, where that is another one.
     """
 
     run_id: str
@@ -385,6 +406,7 @@ class FitPlan:
     cache_in_memory: bool = False
     train_steps_per_epoch: int | None = None
     validation_steps_per_epoch: int | None = None
+    data: StoreRef | None = None
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class Batches:
         self._rank = rank
         self._needed = tuple(spec for spec in plan.columns if spec.name in plan.batch.columns)
         self._specs = {spec.name: spec for spec in self._needed}
-        self._store = Store.from_ref(plan.store)
+        self._store = Store.from_ref(plan.data or plan.store)
         self._source = BlockSource(
             self._store,
             plan.dataset,

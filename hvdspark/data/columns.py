@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+from collections.abc import Iterable
 from typing import Any
 
 from pyspark.sql import types as T
@@ -89,6 +91,11 @@ def column_spec(schema: T.StructType, name: str) -> ColumnSpec:
     )
 
 
+def spark_schema(columns: Iterable[ColumnSpec]) -> T.StructType:
+    """Return the schema of a DataFrame that such columns can come from."""
+    return T.StructType([T.StructField(spec.name, _spark_type(spec), nullable=False) for spec in columns])
+
+
 def weight_spec(schema: T.StructType, name: str) -> ColumnSpec:
     """Describe a column of row weights; raises :class:`SchemaError` unless it is one number per row."""
     spec = column_spec(schema, name)
@@ -140,6 +147,23 @@ def axes_of(schema: T.StructType, name: str) -> int:
     if isinstance(data_type, T.BinaryType) or _is_image(data_type):
         return 3
     return axes + is_vector(data_type)
+
+
+def _spark_type(spec: ColumnSpec) -> T.DataType:
+    if spec.kind == "vector":
+        # Looked up by name: the engine does not depend on Spark ML, but speaks its vector type.
+        found: T.DataType = importlib.import_module("pyspark.ml.linalg").VectorUDT()
+    elif spec.kind == "image":
+        found = T.StructType([T.StructField(name, data_type()) for name, data_type in _IMAGE_FIELDS.items()])
+    elif spec.kind == "binary":
+        found = T.BinaryType()
+    elif spec.kind in ("scalar", "array"):
+        found = NUMBERS[spec.dtype]()
+        for _ in spec.row_shape or () if spec.kind == "array" else ():
+            found = T.ArrayType(found, containsNull=False)
+    else:
+        found = next(data_type for data_type, (kind, _) in _SINGLE.items() if kind == spec.kind)()
+    return found
 
 
 def _element(data_type: T.DataType) -> T.DataType:

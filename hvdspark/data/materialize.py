@@ -118,21 +118,29 @@ def _check_visible(store: Store, dataset: str, split: str, groups: Sequence[RowG
 def load_manifest(store: Store, dataset: str) -> Manifest:
     """Read a dataset's manifest.
 
+    Parameters
+    ----------
+    store
+        Where the dataset is.
+    dataset
+        Its folder, relative to the Store; an empty one is the Store itself.
+
     Raises
     ------
     CorruptDatasetError
         When it has none, so that it is not whole.
     """
-    if not store.exists(dataset, MANIFEST):
+    place = f"{dataset}/{MANIFEST}" if dataset else MANIFEST
+    if not store.exists(place):
         raise CorruptDatasetError(
-            f"{store.url_of(dataset)} has no {MANIFEST}: it was not written to its end, or hvdspark did not write it"
+            f"there is no {store.url_of(place)}: the dataset was not written to its end, or hvdspark did not write it"
         )
     try:
-        return Manifest.from_json(store.read_bytes(dataset, MANIFEST).decode())
+        return Manifest.from_json(store.read_bytes(place).decode())
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
         raise CorruptDatasetError(
-            f"{store.url_of(dataset, MANIFEST)} is not a manifest that this version reads: {exc!r}; run fit() again to"
-            " write the dataset anew"
+            f"{store.url_of(place)} is not a manifest that this version reads: {exc!r}; run fit() again to write the"
+            " dataset anew"
         ) from exc
 
 
@@ -162,7 +170,7 @@ def _merge(columns: Sequence[ColumnSpec], reports: Iterable[PartitionReport], sp
         name: tuple(group for report in ordered for group in report.groups.get(name, ())) for name in (TRAIN, VAL)
     }
     manifest = Manifest(
-        columns=tuple(_as_found(spec, layouts.get(spec.name)) for spec in columns),
+        columns=tuple(layouts[spec.name].applied_to(spec) if spec.name in layouts else spec for spec in columns),
         splits=splits,
     )
     train, val = manifest.rows(TRAIN), manifest.rows(VAL)
@@ -210,13 +218,6 @@ def _common_layouts(columns: Sequence[ColumnSpec], reports: Iterable[PartitionRe
             lengths=(1, 0),
         )
     return layouts
-
-
-def _as_found(spec: ColumnSpec, layout: Layout | None) -> ColumnSpec:
-    """Return a column as it was written."""
-    if layout is None:
-        return spec
-    return dataclasses.replace(spec.with_shape(layout.shape), storage=layout.storage)
 
 
 def _write_petastorm_metadata(

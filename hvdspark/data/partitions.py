@@ -69,6 +69,19 @@ class Layout:
     shape: Shape
     storage: Storage
 
+    @classmethod
+    def of(cls, block: AnyBlock, name: str) -> Layout:
+        """Tell how the rows of a block are; raises :class:`ImageError` for images of different sizes."""
+        if isinstance(block, ImageBlock):
+            return cls(block.common_shape(name), block.storage)
+        if isinstance(block, SparseBlock):
+            return cls((block.size,), block.storage)
+        return cls(block.shape[1:] if isinstance(block, np.ndarray) else (1,), storage_of(block))
+
+    def applied_to(self, spec: ColumnSpec) -> ColumnSpec:
+        """Return a column as its rows turned out to be."""
+        return dataclasses.replace(spec.with_shape(self.shape), storage=self.storage)
+
     def require_same(self, name: str, other: Layout) -> None:
         """Raise :class:`DataError` where rows of another layout are in the same column."""
         if other == self:
@@ -181,7 +194,7 @@ class PartitionWriter:
             try:
                 block = to_block(batch.column(spec.name), spec if known is None else spec.with_shape(known.shape))
                 if batch.num_rows:
-                    layout = _layout_of(block, spec)
+                    layout = Layout.of(block, spec.name)
                     report.layouts.setdefault(spec.name, layout).require_same(spec.name, layout)
             except NullValueError as exc:
                 report.nulls[spec.name] = report.nulls.get(spec.name, 0) + exc.count
@@ -272,12 +285,3 @@ class _SplitFile:
                 self._stream, schema, compression="snappy", use_dictionary=False, write_page_checksum=True
             )
         return self._writer
-
-
-def _layout_of(block: AnyBlock, spec: ColumnSpec) -> Layout:
-    """Tell how the rows of a block are."""
-    if isinstance(block, ImageBlock):
-        return Layout(block.common_shape(spec.name), block.storage)
-    if isinstance(block, SparseBlock):
-        return Layout((block.size,), block.storage)
-    return Layout(block.shape[1:] if isinstance(block, np.ndarray) else (1,), storage_of(block))

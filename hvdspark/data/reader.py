@@ -123,20 +123,23 @@ def read_group(store: Store, dataset: str, columns: Sequence[ColumnSpec], read: 
         When the file is missing or damaged, or holds another number of rows than the manifest says.
     """
     group = read.group
-    path = store.path(dataset, group.path)
+    place = f"{dataset}/{group.path}" if dataset else group.path
+    path = store.path(place)
     try:
         source = path if store.is_local else store.filesystem.open(path, "rb")
-        with pq.ParquetFile(source, memory_map=store.is_local, page_checksum_verification=True) as parquet:
+        # Spark's timestamps go beyond what nanoseconds can count.
+        options = {"page_checksum_verification": True, "coerce_int96_timestamp_unit": "us"}
+        with pq.ParquetFile(source, memory_map=store.is_local, **options) as parquet:
             table = parquet.read_row_group(group.index, [spec.name for spec in columns], use_threads=False)
             blocks = {spec.name: from_parquet(_whole(table.column(spec.name)), spec) for spec in columns}
     except (OSError, ValueError, IndexError, KeyError) as exc:
         raise CorruptDatasetError(
-            f"row group {group.index} of {store.url_of(dataset, group.path)} cannot be read: {exc}. The dataset was"
+            f"row group {group.index} of {store.url_of(place)} cannot be read: {exc}. The dataset was"
             " changed after it was written; run fit() again to write it anew."
         ) from exc
     if table.num_rows != group.rows:
         raise CorruptDatasetError(
-            f"row group {group.index} of {store.url_of(dataset, group.path)} has {table.num_rows} rows, but the"
+            f"row group {group.index} of {store.url_of(place)} has {table.num_rows} rows, but the"
             f" manifest says {group.rows}; run fit() again to write the dataset anew"
         )
     if read.rows == group.rows:

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pyarrow as pa
 
+from hvdspark.data.arrays import to_block
 from hvdspark.data.blocks import AnyBlock
 from hvdspark.data.cells import CellBlock, TextBlock
 from hvdspark.data.images import ImageBlock
@@ -24,7 +25,9 @@ def to_parquet(block: AnyBlock) -> pa.Array:
 
 
 def from_parquet(column: pa.Array, spec: ColumnSpec) -> AnyBlock:
-    """Read what :func:`to_parquet` made; raises ``ValueError`` when it is not what the spec says."""
+    """Read what :func:`to_parquet` made, or Spark; raises ``ValueError`` when it is not what the spec says."""
+    if not spec.packed:
+        return to_block(column, spec)
     try:
         return _read(column, spec)
     except ValueError as exc:

@@ -434,6 +434,22 @@ def test_the_same_dataframe_again_is_not_written_again_unless_its_source_changed
     assert store.list("datasets") == []
 
 
+def test_files_of_spark_train_the_same_model_where_they_lie(spark: SparkSession, store: Store, tmp_path: Path) -> None:
+    source = str(tmp_path / "source")
+    assembler = VectorAssembler(inputCols=["a", "b", "c"], outputCol="x")
+    assembler.transform(frame(spark, linear_rows(500)).coalesce(1)).write.parquet(source)
+    stage = estimator(store, feature_cols=["x"], shuffle=False, epochs=2)
+    written = stage.fit(spark.read.parquet(source))
+    in_place = stage.fit_on_parquet(source)
+    (key,) = store.list("datasets")
+    (attempt,) = (name for name in store.list("datasets", key) if store.exists("datasets", key, name, "manifest.json"))
+    again = stage.fit_on_parquet(store.url_of("datasets", key, attempt))
+    for model in (in_place, again):
+        for ours, theirs in zip(weights_of(model), weights_of(written), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert len(store.list("datasets")) == 1
+
+
 def bad_input(store: Store) -> list[tuple[dict[str, Any], type[Exception], str]]:
     file = Path(store.url).with_name("file")
     file.parent.mkdir(parents=True, exist_ok=True)

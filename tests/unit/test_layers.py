@@ -28,6 +28,7 @@ LAYERS = {
     "hvdspark.estimators.params": 6,
     "hvdspark.estimators.keywords": 6,
     "hvdspark.estimators.outputs": 6,
+    "hvdspark.estimators.sources": 6,
     "hvdspark.estimators.fitting": 6,
     "hvdspark.estimators.base": 6,
     "hvdspark.estimators.persistence": 6,

@@ -97,3 +97,20 @@ def test_one_row_for_two_ranks_leaves_one_rank_idle() -> None:
 def test_no_rows_are_refused() -> None:
     with pytest.raises(EmptyDatasetError, match="no rows"):
         plan_shards(groups_of([0, 0]), 2, 8, keep_order=True)
+
+
+@given(st.lists(st.integers(0, 70), min_size=1, max_size=6).filter(any), batches)
+def test_rows_that_lie_with_the_ranks_stay_there(shares: list[int], batch: int) -> None:
+    groups = [RowGroup(f"train/part-{rank}.arrow", 0, rows) for rank, rows in enumerate(shares) if rows]
+    plan = ShardPlan(tuple(groups), len(shares), batch, shares=tuple(shares))
+    for rank, rows in enumerate(shares):
+        assert rows_of(plan, rank) == [(f"train/part-{rank}.arrow", row) for row in range(rows)]
+        own = [plan.rows_at(rank, step) for step in range(plan.steps)]
+        assert sum(own) == rows == plan.rows_of(rank)
+        # Full steps first, then what is left, then nothing.
+        assert own == sorted(own, reverse=True)
+        assert [step for step in range(plan.steps) if own[step]] == list(range(plan.own_steps(rank)))
+    totals = [plan.total_rows_at(step) for step in range(plan.steps)]
+    assert sum(totals) == sum(shares)
+    assert min(totals) > 0
+    assert plan.has_idle_steps == any(plan.rows_at(rank, plan.steps - 1) == 0 for rank in range(len(shares)))

@@ -1,0 +1,197 @@
+"""Where the rows of a fit come from: a DataFrame, which is written first, or files, which are read where they lie."""
+
+from __future__ import annotations
+
+import abc
+import posixpath
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from hvdspark.data import schema
+from hvdspark.data.columns import spark_schema
+from hvdspark.data.materialize import MANIFEST, dataset_key, load_manifest, materialize
+from hvdspark.data.parquet import Survey, open_parquet, survey
+from hvdspark.data.partitions import TRAIN, VAL, Split
+from hvdspark.errors import ParamError, StoreError
+from hvdspark.plan import ColumnSpec, Manifest, RowGroup
+from hvdspark.shelf import dataset_of
+from hvdspark.store import Store
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+    from pyspark.sql.types import StructType
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Rows that ranks can read.
+
+    Parameters
+    ----------
+    store, folder
+        Where they are; an empty folder is the Store itself.
+    manifest
+        What they are.
+    """
+
+    store: Store
+    folder: str
+    manifest: Manifest
+
+
+class RowSource(abc.ABC):
+    """Where the rows of a fit come from.
+
+    Attributes
+    ----------
+    session
+        The session to run in.
+    schema
+        The columns, as a DataFrame has them.
+    """
+
+    session: SparkSession
+    schema: StructType
+
+    @abc.abstractmethod
+    def check(self, validation: float | str | None) -> None:
+        """Refuse a ``validation`` that this source cannot do, before any Spark job; raises :class:`ConfigError`."""
+
+    @abc.abstractmethod
+    @contextmanager
+    def dataset(self, store: Store, columns: tuple[ColumnSpec, ...], split: Split) -> Iterator[Dataset]:
+        """Provide the rows for the time of a block.
+
+        Parameters
+        ----------
+        store
+            Where rows that must be written go.
+        columns
+            What is needed of them.
+        split
+            Which rows are held out.
+        """
+
+
+class FrameSource(RowSource):
+    """The rows of a DataFrame, written into the Store unless an earlier fit did that.
+
+    Parameters
+    ----------
+    df
+        The rows.
+    keep
+        Whether what is written stays for later fits.
+    """
+
+    def __init__(self, df: DataFrame, keep: bool) -> None:
+        self.session = df.sparkSession
+        self.schema = df.schema
+        self._df = df
+        self._keep = keep
+
+    def check(self, validation: float | str | None) -> None:
+        """Refuse a validation column that does not tell rows apart."""
+        schema.split_condition(self.schema, validation)
+
+    @contextmanager
+    def dataset(self, store: Store, columns: tuple[ColumnSpec, ...], split: Split) -> Iterator[Dataset]:
+        """Find the dataset that an earlier fit wrote of the same rows, or write it."""
+
+        def write(folder: str) -> None:
+            with suppress(OSError, StoreError):
+                store.gc()
+            materialize(self._df, columns, split, store, folder)
+
+        key = dataset_key(self._df, columns, split) if self._keep else None
+        # Without a key nobody could find it again.
+        with dataset_of(store, key or uuid.uuid4().hex, write, keep=key is not None) as folder:
+            yield Dataset(store, folder, load_manifest(store, folder))
+
+
+class ParquetSource(RowSource):
+    """Rows in Parquet files, read where they lie.
+
+    Parameters
+    ----------
+    session
+        The session to run in.
+    path
+        A dataset that a fit wrote, or a file or folder that any other program did.
+    validation_path
+        A file or folder of rows to validate on.
+    """
+
+    def __init__(self, session: SparkSession, path: str, validation_path: str | None) -> None:
+        self.session = session
+        self._path = path
+        self._validation_path = validation_path
+        self._written = _written_by_a_fit(path)
+        if self._written is None:
+            self.schema = session.read.parquet(path).schema
+        else:
+            self.schema = spark_schema(self._written.manifest.columns)
+
+    def check(self, validation: float | str | None) -> None:
+        """Refuse to hold out rows, which would mean to write them."""
+        if self._written is not None and self._validation_path is not None:
+            raise ParamError(
+                f"{self._path} is a dataset that a fit wrote, and has its validation rows with it; leave out"
+                " validation_path",
+                param="validation_path",
+            )
+        held_out = self._validation_path is not None or (
+            self._written is not None and self._written.manifest.rows(VAL) > 0
+        )
+        if validation is not None and not held_out:
+            raise ParamError(
+                f"validation={validation!r}: fit_on_parquet() writes nothing, and so holds no rows out; give"
+                " validation_path=, or read the files with Spark and fit() the DataFrame",
+                param="validation",
+            )
+
+    @contextmanager
+    def dataset(self, store: Store, columns: tuple[ColumnSpec, ...], split: Split) -> Iterator[Dataset]:  # noqa: ARG002
+        """Look at the files, and make one dataset of training and validation rows."""
+        if self._written is not None:
+            yield self._written
+            return
+        train = survey(self._path, columns)
+        if self._validation_path is None:
+            yield Dataset(train.store, "", Manifest(train.columns, {TRAIN: train.groups, VAL: ()}))
+            return
+        val = survey(self._validation_path, columns)
+        if val.columns != train.columns:
+            raise ParamError(
+                f"the columns in {self._validation_path} are not as those in {self._path}: {list(val.columns)} instead"
+                f" of {list(train.columns)}",
+                param="validation_path",
+            )
+        root = _common_folder(train.store.url, val.store.url)
+        splits = {TRAIN: _seen_from(root, train), VAL: _seen_from(root, val)}
+        yield Dataset(Store.create(root), "", Manifest(train.columns, splits))
+
+
+def _written_by_a_fit(path: str) -> Dataset | None:
+    store, file = open_parquet(path)
+    if file is not None or not store.exists(MANIFEST):
+        return None
+    return Dataset(store, "", load_manifest(store, ""))
+
+
+def _common_folder(first: str, second: str) -> str:
+    """Return the folder that two addresses lie in."""
+    schemes, paths = zip(*(url.rpartition("://")[::2] for url in (first, second)), strict=True)
+    if schemes[0] != schemes[1]:
+        raise ParamError(f"{first} and {second} are on different file systems", param="validation_path")
+    common = posixpath.commonpath(paths)
+    return f"{schemes[0]}://{common}" if schemes[0] else common
+
+
+def _seen_from(root: str, found: Survey) -> tuple[RowGroup, ...]:
+    """Return row groups with paths relative to a folder further up."""
+    prefix = posixpath.relpath(found.store.path(), Store.create(root).path())
+    return tuple(replace(group, path=posixpath.normpath(f"{prefix}/{group.path}")) for group in found.groups)

@@ -1,0 +1,144 @@
+"""Parquet files that another program wrote, such as Spark, as a dataset to train on where they lie."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import pyarrow.parquet as pq
+
+from hvdspark.data.partitions import Layout
+from hvdspark.errors import EmptyDatasetError, NullValueError, StoreError
+from hvdspark.plan import ColumnSpec, GroupRead, RowGroup
+from hvdspark.store import Store
+
+# Footers are small, and far away: what counts is to ask for many at once.
+_LOOKERS = 16
+
+
+def open_parquet(url: str) -> tuple[Store, str | None]:
+    """Open a Parquet file or folder.
+
+    Returns
+    -------
+    store : Store
+        The folder.
+    file : str or None
+        The file's name in it, where the address is that of a file.
+
+    Raises
+    ------
+    StoreError
+        When there is nothing.
+    """
+    store = Store.create(url)
+    if store.filesystem.isfile(store.path()):
+        folder, _, name = store.url.rpartition("/")
+        return Store.create(folder), name
+    if not store.filesystem.isdir(store.path()):
+        raise StoreError(f"there is no Parquet file or folder at {url}", url=url)
+    return store, None
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What Parquet files hold.
+
+    Parameters
+    ----------
+    store
+        The folder they are in.
+    columns
+        The columns to train on, with the shapes of their rows.
+    groups
+        The row groups; paths are relative to the Store.
+    """
+
+    store: Store
+    columns: tuple[ColumnSpec, ...]
+    groups: tuple[RowGroup, ...]
+
+
+def survey(url: str, columns: Sequence[ColumnSpec]) -> Survey:
+    """Look at the footers of Parquet files, and at their first rows, to know what is in them.
+
+    Parameters
+    ----------
+    url
+        A file, or a folder of files.
+    columns
+        The columns to train on.
+
+    Raises
+    ------
+    StoreError
+        When there is nothing, or files lie in Hive partitions, whose values would be lost.
+    EmptyDatasetError
+        When there are no rows.
+    NullValueError
+        When the footers count nulls in a column that has nothing to fill them with; where they do not tell, the ranks
+        find out.
+    """
+    store, file = open_parquet(url)
+    paths = [file] if file is not None else list(_files(store))
+    with ThreadPoolExecutor(_LOOKERS) as pool:
+        footers = list(pool.map(lambda path: _footer(store, path), paths))
+    groups = tuple(
+        RowGroup(path, index, footer.row_group(index).num_rows)
+        for path, footer in zip(paths, footers, strict=True)
+        for index in range(footer.num_row_groups)
+        if footer.row_group(index).num_rows
+    )
+    if not groups:
+        raise EmptyDatasetError(f"{url} has no rows in {len(paths)} Parquet files")
+    for column in columns:
+        nulls = sum(_count_nulls(footer, column.name) for footer in footers)
+        if nulls and column.fill is None:
+            raise NullValueError(
+                f"column '{column.name}' has {nulls} nulls; fill them (fill_nulls={{'{column.name}': …}}), or drop the"
+                " rows",
+                column=column.name,
+                count=nulls,
+            )
+    # Here and not above, because importing Petastorm takes a second, which other fits need not wait.
+    from hvdspark.data.reader import read_group
+
+    foreign = [replace(column, packed=False) for column in columns]
+    first = read_group(store, "", foreign, GroupRead(groups[0], ((0, 1),)))
+    found = tuple(Layout.of(first[column.name], column.name).applied_to(column) for column in foreign)
+    return Survey(store, found, groups)
+
+
+def _files(store: Store) -> Iterator[str]:
+    """Yield the Parquet files of a folder, in order; hidden ones and those of a format's own bookkeeping left out."""
+    root = store.path()
+    for path in sorted(store.filesystem.find(root)):
+        relative = posixpath.relpath(path, root)
+        names = relative.split("/")
+        if any(name.startswith((".", "_")) for name in names) or not relative.endswith(".parquet"):
+            continue
+        if any("=" in name for name in names[:-1]):
+            raise StoreError(
+                f"{store.url} is partitioned into folders ({names[0]}): the values in their names are in no file. Read"
+                " it with Spark and fit() the DataFrame.",
+                url=store.url,
+            )
+        yield relative
+
+
+def _footer(store: Store, path: str) -> pq.FileMetaData:
+    with store.filesystem.open(store.path(path), "rb") as file:
+        return pq.read_metadata(file)
+
+
+def _count_nulls(footer: pq.FileMetaData, column: str) -> int:
+    """Count the nulls of a column that is no structure, as far as the footer tells."""
+    places = [index for index in range(footer.num_columns) if footer.schema.column(index).path == column]
+    chunks = (footer.row_group(group).column(index) for group in range(footer.num_row_groups) for index in places)
+    return sum(
+        chunk.statistics.null_count
+        for chunk in chunks
+        if chunk.statistics is not None and chunk.statistics.has_null_count
+    )

@@ -1,0 +1,172 @@
+"""Parquet that Spark wrote, as it is surveyed and read where it lies."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hvdspark.estimators.sources import Dataset, ParquetSource
+from pyspark.ml.linalg import Vectors
+from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
+
+from hvdspark import Store
+from hvdspark.data.columns import column_spec, spark_schema
+from hvdspark.data.materialize import materialize
+from hvdspark.data.parquet import survey
+from hvdspark.data.partitions import Split
+from hvdspark.data.reader import ShardReader
+from hvdspark.data.shards import plan_shards, reads_of
+from hvdspark.errors import EmptyDatasetError, NullValueError, ParamError, RaggedArrayError, SchemaError, StoreError
+from hvdspark.plan import ColumnSpec, RowGroup
+
+EPOCH = datetime.datetime(1970, 1, 1)
+MICROSECOND = datetime.timedelta(microseconds=1)
+
+
+def read(store: Store, columns: Any, groups: tuple[RowGroup, ...]) -> dict[str, np.ndarray]:
+    reads = reads_of(plan_shards(groups, 1, 10, keep_order=True), 0)
+    with ShardReader(store, "", columns, reads) as reader:
+        found = list(reader)
+    return {name: np.concatenate([np.asarray(blocks[name]) for blocks in found]) for name in found[0]}
+
+
+def provided(spark: SparkSession, path: str, validation_path: str | None, columns: tuple[ColumnSpec, ...]) -> Dataset:
+    source = ParquetSource(spark, path, validation_path)
+    with source.dataset(Store.create("unused"), columns, Split()) as dataset:
+        return dataset
+
+
+def test_files_of_spark_are_read_value_by_value(spark: SparkSession, tmp_path: Path) -> None:
+    path = str(tmp_path / "rows")
+    first = datetime.datetime(1899, 12, 31, 23, 59, 59, 999999)
+    rows = [
+        (i, i / 3, i % 2 == 0, [float(i), -1.5], [[i, 1], [2, 3]], first + i * datetime.timedelta(days=9000))
+        for i in range(50)
+    ]
+    df = spark.createDataFrame(
+        rows, "i long, d double, b boolean, a array<double>, n array<array<int>>, t timestamp_ntz"
+    ).coalesce(1)
+    vectors = F.udf(lambda i: Vectors.dense([i, 2.0]) if i % 2 else Vectors.sparse(2, [1], [2.0]), vector_type())
+    df = df.withColumn("v", vectors("i")).withColumn("day", F.to_date("t"))
+    df.write.parquet(path)
+    columns = [column_spec(df.schema, name) for name in df.columns]
+    found = survey(path, columns)
+    assert {spec.name: spec.row_shape for spec in found.columns} == {
+        **dict.fromkeys("idbt", (1,)),
+        "day": (1,),
+        "a": (2,),
+        "n": (2, 2),
+        "v": (2,),
+    }
+    values = read(found.store, found.columns, found.groups)
+    for name, dtype in (("i", "int64"), ("d", "float64"), ("b", "bool"), ("a", "float64"), ("n", "int32")):
+        expected = np.array([row[df.columns.index(name)] for row in rows], dtype).reshape(values[name].shape)
+        np.testing.assert_array_equal(values[name], expected)
+        assert values[name].dtype == dtype
+    moments = [(row[5] - EPOCH) // MICROSECOND for row in rows]
+    np.testing.assert_array_equal(values["t"][:, 0], moments)
+    days = [(row[5].date() - EPOCH.date()).days for row in rows]
+    np.testing.assert_array_equal(values["day"][:, 0], days)
+    np.testing.assert_array_equal(values["v"], [[i if i % 2 else 0, 2] for i in range(50)])
+
+
+def vector_type() -> Any:
+    from pyspark.ml.linalg import VectorUDT
+
+    return VectorUDT()
+
+
+def test_timestamps_in_the_old_format_of_spark_are_exact_beyond_what_nanoseconds_count(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "rows")
+    spark.conf.set("spark.sql.parquet.outputTimestampType", "INT96")
+    try:
+        spark.sql("SELECT TIMESTAMP '3024-05-06 07:08:09.123456' AS t").write.parquet(path)
+    finally:
+        spark.conf.unset("spark.sql.parquet.outputTimestampType")
+    found = survey(path, [column_spec(spark.read.parquet(path).schema, "t")])
+    expected = (datetime.datetime(3024, 5, 6, 7, 8, 9, 123456) - EPOCH) // MICROSECOND
+    assert read(found.store, found.columns, found.groups)["t"].tolist() == [[expected]]
+
+
+ID = ColumnSpec("id", "scalar", "int64")
+
+
+def test_every_row_of_all_files_is_there_once(spark: SparkSession, tmp_path: Path) -> None:
+    path = str(tmp_path / "rows")
+    spark.range(0, 1000, numPartitions=7).where("id < 100 OR id > 600").write.parquet(path)
+    (tmp_path / "rows" / "_temporary.parquet").write_text("no Parquet")
+    (tmp_path / "rows" / "notes.txt").write_text("no Parquet")
+    found = survey(path, [ID])
+    assert sorted(read(found.store, found.columns, found.groups)["id"][:, 0]) == [*range(100), *range(601, 1000)]
+
+
+def test_one_file_is_enough(spark: SparkSession, tmp_path: Path) -> None:
+    spark.range(10).coalesce(1).write.parquet(str(tmp_path / "rows"))
+    (file,) = (tmp_path / "rows").glob("*.parquet")
+    found = survey(str(file), [ID])
+    assert [group.path for group in found.groups] == [file.name]
+    assert sorted(read(found.store, found.columns, found.groups)["id"][:, 0]) == list(range(10))
+
+
+def test_training_and_validation_files_in_different_folders_make_one_dataset(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    paths = [str(tmp_path / "a" / "train"), str(tmp_path / "val")]
+    for path, rows in zip(paths, (30, 4), strict=True):
+        spark.range(rows).write.parquet(path)
+    dataset = provided(spark, *paths, (ID,))
+    assert (dataset.manifest.rows("train"), dataset.manifest.rows("val")) == (30, 4)
+    for split, rows in (("train", 30), ("val", 4)):
+        values = read(dataset.store, dataset.manifest.columns, dataset.manifest.splits[split])
+        assert sorted(values["id"][:, 0]) == list(range(rows))
+
+
+def test_a_dataset_that_a_fit_wrote_is_taken_with_its_split(spark: SparkSession, store: Store) -> None:
+    df = spark.range(100).selectExpr("id", "id % 2 = 1 AS held", "array(float(id), 2f) AS a")
+    columns = tuple(column_spec(df.schema, name) for name in ("id", "a"))
+    folder, manifest = materialize(df, columns, Split(column="held"), store)
+    source = ParquetSource(spark, store.url_of(folder), None)
+    assert source.schema == spark_schema(manifest.columns)
+    source.check(0.1)
+    dataset = provided(spark, store.url_of(folder), None, columns)
+    assert dataset.manifest == manifest
+    values = read(dataset.store, manifest.columns, manifest.splits["val"])
+    np.testing.assert_array_equal(values["a"][:, 0], values["id"][:, 0])
+    assert sorted(values["id"][:, 0]) == list(range(1, 100, 2))
+
+
+def test_what_cannot_be_trained_on_is_refused_with_what_to_do(spark: SparkSession, tmp_path: Path) -> None:
+    path = str(tmp_path / "rows")
+    with pytest.raises(StoreError, match="no Parquet file or folder at"):
+        survey(path, [ID])
+    spark.range(10).selectExpr("IF(id < 3, NULL, id) AS id", "id % 2 AS p").write.partitionBy("p").parquet(path)
+    with pytest.raises(StoreError, match="partitioned into folders"):
+        survey(path, [ID])
+    spark.read.parquet(path).drop("p").write.parquet(f"{path}2")
+    with pytest.raises(NullValueError, match="column 'id' has 3 nulls"):
+        survey(f"{path}2", [ID])
+    spark.range(0).write.parquet(f"{path}3")
+    with pytest.raises(EmptyDatasetError, match="no rows"):
+        survey(f"{path}3", [ID])
+    spark.range(1, 9).selectExpr("sequence(1, id) AS a").coalesce(1).write.parquet(f"{path}4")
+    with pytest.raises(RaggedArrayError, match="column 'a'"):
+        survey(f"{path}4", [ColumnSpec("a", "array", "int64", size=None)])
+
+
+def test_rows_are_never_held_out_of_files(spark: SparkSession, tmp_path: Path, store: Store) -> None:
+    path = str(tmp_path / "rows")
+    spark.range(10).write.parquet(path)
+    with pytest.raises(ParamError, match=r"validation=0\.1: fit_on_parquet"):
+        ParquetSource(spark, path, None).check(0.1)
+    ParquetSource(spark, path, path).check(0.1)
+    folder, _ = materialize(spark.range(10), [ID], Split(), store)
+    with pytest.raises(ParamError, match="leave out validation_path"):
+        ParquetSource(spark, store.url_of(folder), path).check(None)
+    with pytest.raises(SchemaError, match="'idd' does not exist"):
+        column_spec(ParquetSource(spark, store.url_of(folder), None).schema, "idd")
