@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,8 +17,9 @@ from hvdspark.data.shards import filler_read, reads_of
 from hvdspark.plan import BatchSpec, ColumnSpec, FitPlan, ShardPlan, TensorSpec
 from hvdspark.store import Store
 
-# Batches made ready ahead of the step that runs.
+# Batches made ready ahead of the step that runs; fewer where they are large, but one in any case.
 PREFETCH = 8
+PREFETCH_BYTES = 256 << 20
 
 # More passes than any training takes.
 ENDLESS = 1 << 40
@@ -58,6 +60,7 @@ class Batches:
             cache_in_memory=plan.cache_in_memory,
         )
         self._structure = _signature(plan.batch, self._specs)
+        self._prefetch = prefetch_of(self._structure, shards.batch_rows)
 
     @property
     def own_steps(self) -> int:
@@ -75,7 +78,7 @@ class Batches:
             How often the rows come.
         """
         dataset = tf.data.Dataset.range(passes).flat_map(lambda number: self._pass(number))
-        return dataset.map(pack, num_parallel_calls=1, deterministic=True).prefetch(PREFETCH)
+        return dataset.map(pack, num_parallel_calls=1, deterministic=True).prefetch(self._prefetch)
 
     def steps(self, pack: Callable[..., Any], passes: int, passes_per_step: int) -> tf.data.Dataset:
         """Return ``(data, rows, total, apply)`` of every step: what :class:`StepRows` wants to know with it.
@@ -106,7 +109,7 @@ class Batches:
             return pack(*flat), tf.cast(rows, tf.float32), tf.cast(total, tf.float32), apply
 
         dataset = tf.data.Dataset.range(passes).flat_map(one_pass)
-        return dataset.map(packed, num_parallel_calls=1, deterministic=True).prefetch(PREFETCH)
+        return dataset.map(packed, num_parallel_calls=1, deterministic=True).prefetch(self._prefetch)
 
     def sample(self) -> tuple[Block, ...]:
         """Read one row as flat tensors, to build a model that knows its shapes only then."""
@@ -132,6 +135,12 @@ class Batches:
         if batch.sample_weight is not None:
             tensors.append(fill_tensor(blocks, TensorSpec((batch.sample_weight,), (), "float32")))
         return tuple(tensors)
+
+
+def prefetch_of(structure: tuple[tf.TensorSpec, ...], batch_rows: int) -> int:
+    """Return how many batches are made ready ahead."""
+    row_bytes = sum(math.prod(spec.shape[1:]) * spec.dtype.size for spec in structure)
+    return max(1, min(PREFETCH, PREFETCH_BYTES // max(1, row_bytes * batch_rows)))
 
 
 def tensor_dtype(tensor: TensorSpec, specs: dict[str, ColumnSpec]) -> tf.DType:

@@ -170,10 +170,10 @@ def from_binary(column: pa.Array, spec: ColumnSpec) -> Block | ImageBlock:
     """
     data, offsets = _bytes_of(column)
     lengths = np.diff(offsets)
-    is_png = _has(data, offsets[:-1], offsets[1:], _PNG)
+    is_png = _has(data, offsets[:-1], lengths, _PNG)
     # Any three bytes may be pixels: bytes of the right length must end like a JPEG, too.
-    ends = _has(data, offsets[1:] - len(_JPEG_END), offsets[1:], _JPEG_END)
-    is_jpeg = _has(data, offsets[:-1], offsets[1:], _JPEG) & (ends | (lengths != spec.size))
+    ends = _has(data, offsets[1:] - len(_JPEG_END), lengths, _JPEG_END)
+    is_jpeg = _has(data, offsets[:-1], lengths, _JPEG) & (ends | (lengths != spec.size))
     if len(column) and is_png.all():
         return ImageBlock(column, "png")
     if len(column) and is_jpeg.all():
@@ -193,9 +193,9 @@ def _bytes_of(column: pa.Array) -> tuple[Block, Block]:
     return data, offsets[cells.offset : cells.offset + len(cells) + 1]
 
 
-def _has(data: Block, starts: Block, stops: Block, mark: bytes) -> npt.NDArray[np.bool_]:
-    """Tell which of the pieces of the data begin with a mark."""
-    found = stops - starts >= len(mark)
+def _has(data: Block, starts: Block, lengths: Block, mark: bytes) -> npt.NDArray[np.bool_]:
+    """Tell which rows have a mark at the place given for each; a row shorter than the mark has none."""
+    found = lengths >= len(mark)
     places = starts[found, None] + np.arange(len(mark))
     found[found] = (data[places] == np.frombuffer(mark, dtype=np.uint8)).all(axis=1)
     return np.asarray(found)

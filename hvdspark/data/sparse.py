@@ -150,7 +150,7 @@ def _headers(counts: Integers, entry: np.dtype[Any]) -> Block:
     """Return the headers of cells with so many entries each, cut into pieces as long as an entry."""
     different, which = np.unique(counts, return_inverse=True)
     headers = b"".join(_header(int(count), entry) for count in different)
-    table = np.frombuffer(headers, dtype=f"V{entry.itemsize}").reshape(len(different), -1)
+    table = np.frombuffer(headers, dtype=f"V{entry.itemsize}").reshape(len(different), _HEADER_BYTES // entry.itemsize)
     return np.asarray(table[which].ravel())
 
 
