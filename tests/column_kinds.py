@@ -77,7 +77,7 @@ class Column:
     def to_arrow(self, values: Sequence[Any]) -> pa.Array:
         """Make the Arrow column that Spark would give."""
         if isinstance(self.spark, VectorUDT):
-            values = [None if value is None else _vector_struct(value) for value in values]
+            values = [None if value is None else vector_struct(value) for value in values]
         elif self.arrow == IMAGE_TYPE:
             values = [dict(zip(IMAGE_TYPE.names, value, strict=True)) for value in values]
         return pa.array(list(values), type=self.arrow)
@@ -100,7 +100,7 @@ def rows_of(block: AnyBlock) -> list[tuple[str, tuple[int, ...], bytes]]:
     return [row_bits(row[0] if row.dtype == object else row) for row in dense]
 
 
-def _vector_struct(value: DenseVector | SparseVector) -> dict[str, Any]:
+def vector_struct(value: DenseVector | SparseVector) -> dict[str, Any]:
     if isinstance(value, SparseVector):
         return {"type": 0, "size": value.size, "indices": value.indices, "values": value.values}
     return {"type": 1, "size": None, "indices": None, "values": value.values}

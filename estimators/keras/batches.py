@@ -139,7 +139,7 @@ class Batches:
 
 def prefetch_of(structure: tuple[tf.TensorSpec, ...], batch_rows: int) -> int:
     """Return how many batches are made ready ahead."""
-    row_bytes = sum(math.prod(spec.shape[1:]) * spec.dtype.size for spec in structure)
+    row_bytes: int = sum(math.prod(spec.shape[1:]) * spec.dtype.size for spec in structure)
     return max(1, min(PREFETCH, PREFETCH_BYTES // max(1, row_bytes * batch_rows)))
 
 
