@@ -7,11 +7,13 @@ import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hvdspark.estimators import KerasEstimator
 
 from benchmarks import data
 from benchmarks.comparison import Comparison, SkippedError, interleaved, seconds
-from benchmarks.fit_session import BATCH_ROWS, RANKS
+from benchmarks.estimator import make_estimator
 from benchmarks.session import CLUSTER, spark_session
 
 if TYPE_CHECKING:
@@ -22,8 +24,6 @@ ROWS = 200_000
 
 def measure(*, quick: bool) -> Iterator[Comparison]:
     """Fit one epoch on rows that were never seen before, both ways in turns."""
-    from hvdspark.estimators import KerasEstimator
-
     if not KerasEstimator().hasParam("data"):
         raise SkippedError("this version has no parameter 'data'")
     with tempfile.TemporaryDirectory() as name, spark_session(CLUSTER) as spark:
@@ -31,30 +31,12 @@ def measure(*, quick: bool) -> Iterator[Comparison]:
         seeds = itertools.count()
         direct, parquet = (partial(_fit, spark, Path(name), seeds, way) for way in ("direct", "petastorm"))
         interleaved(1, direct, parquet)
-        ours, theirs = interleaved(2 if quick else 5, direct, parquet)
-    yield Comparison('fit, 1 epoch, data="direct": through Parquet', "s", ours, theirs)
+        ours, theirs = interleaved(1 if quick else 5, direct, parquet)
+    yield Comparison('fit, 1 epoch, data="direct" vs through Parquet', "s", ours, theirs)
 
 
 def _fit(spark: SparkSession, folder: Path, seeds: Iterator[int], way: str) -> float:
-    import keras
-    from hvdspark.estimators import KerasEstimator
-
-    from benchmarks import networks
-    from hvdspark import Store
-
     seed = next(seeds)
     df = spark.read.parquet(str(data.write_labelled(folder / f"rows-{seed}", ROWS, seed)))
-    keywords: dict[str, Any] = {"data": way}
-    estimator = KerasEstimator(
-        num_proc=RANKS,
-        store=Store.create(folder / "store"),
-        model=networks.mlp(keras),
-        optimizer="adam",
-        loss="binary_crossentropy",
-        feature_cols=["features"],
-        label_cols=["label"],
-        batch_size=BATCH_ROWS,
-        verbose=0,
-        **keywords,
-    )
+    estimator = make_estimator(folder / "store", data=way)
     return seconds(lambda: estimator.fit(df))

@@ -12,14 +12,17 @@ from tensorflow import keras
 from benchmarks import fit_session, networks
 
 
-def make_estimator(store: str, num_proc: int, **keywords: Any) -> Any:
+def make_estimator(store: str, epochs: int) -> Any:
     """Make the estimator of a fit."""
+    keywords = dict(fit_session.COMMON)
+    # By default it would take the MPI that Horovod is compiled with, and know no launcher for it.
+    backend = SparkBackend(keywords.pop("num_proc"), use_gloo=True)
     return KerasEstimator(
-        # By default it would take the MPI that Horovod is compiled with, and know no launcher for it.
-        backend=SparkBackend(num_proc, use_gloo=True),
+        backend=backend,
         store=Store.create(store),
         model=networks.mlp(keras),
         optimizer=keras.optimizers.Adam(1e-3),
+        epochs=epochs,
         **keywords,
     )
 

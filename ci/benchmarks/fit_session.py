@@ -16,6 +16,15 @@ from benchmarks.session import CLUSTER, spark_session
 
 BATCH_ROWS = 256
 RANKS = 2
+# What both estimators are given.
+COMMON: dict[str, Any] = {
+    "num_proc": RANKS,
+    "loss": "binary_crossentropy",
+    "feature_cols": ["features"],
+    "label_cols": ["label"],
+    "batch_size": BATCH_ROWS,
+    "verbose": 0,
+}
 # What a network that learned nothing gets is 0.69.
 WANTED_LOSS = 0.6
 
@@ -37,23 +46,14 @@ def run(make_estimator: Callable[..., Any]) -> None:
     Parameters
     ----------
     make_estimator
-        Called with ``store`` (a folder), ``epochs`` and the keywords that both estimators take alike.
+        Called with the Store's folder and ``epochs``; gives the estimator its network and what is `COMMON`.
     """
     arguments = parse_arguments()
     results: dict[str, Any] = {"fits": [], "transform_rows_per_s": None}
     with spark_session(CLUSTER) as spark:
         df = spark.read.parquet(str(arguments.rows))
         for epochs in arguments.epochs:
-            estimator = make_estimator(
-                store=arguments.store,
-                epochs=epochs,
-                num_proc=RANKS,
-                loss="binary_crossentropy",
-                feature_cols=["features"],
-                label_cols=["label"],
-                batch_size=BATCH_ROWS,
-                verbose=0,
-            )
+            estimator = make_estimator(arguments.store, epochs=epochs)
             start = time.perf_counter()
             model = estimator.fit(df)
             results["fits"].append({"epochs": epochs, "seconds": time.perf_counter() - start})

@@ -42,10 +42,10 @@ def measure(*, quick: bool, kind: str) -> Iterator[Comparison]:
         for reader in readers:
             reader()
         ours, bare, petastorm, lists = interleaved(repeats, *(partial(_rate, rows, reader) for reader in readers))
-    yield Comparison(f"{title}: bare pyarrow", "rows/s", ours, bare, TARGET)
-    yield Comparison(f"{title}: Petastorm's make_batch_reader", "rows/s", ours, petastorm)
+    yield Comparison(f"{title} vs bare pyarrow", "rows/s", ours, bare, TARGET)
+    yield Comparison(f"{title} vs Petastorm's make_batch_reader", "rows/s", ours, petastorm)
     if kind == "array":
-        yield Comparison(f"{title}: pyarrow on array<float>", "rows/s", ours, lists, PACKED_TARGET)
+        yield Comparison(f"{title} vs pyarrow on array<float>", "rows/s", ours, lists, PACKED_TARGET)
 
 
 def prepare(folder: Path, kind: str, rows: int) -> Dataset:

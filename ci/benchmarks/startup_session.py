@@ -10,12 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import keras
-from hvdspark.estimators import KerasEstimator
 
-from benchmarks import networks
-from benchmarks.fit_session import BATCH_ROWS, RANKS
+from benchmarks.estimator import make_estimator
 from benchmarks.session import CLUSTER, spark_session
-from hvdspark import Store
 
 
 class FirstStep(keras.callbacks.Callback):  # type: ignore[misc]
@@ -45,18 +42,7 @@ def main() -> None:
         for number in range(2):
             notes = arguments.results.with_name(f"{arguments.results.name}-{number}")
             notes.mkdir()
-            estimator = KerasEstimator(
-                num_proc=RANKS,
-                store=Store.create(arguments.store),
-                model=networks.mlp(keras),
-                optimizer="adam",
-                loss="binary_crossentropy",
-                feature_cols=["features"],
-                label_cols=["label"],
-                batch_size=BATCH_ROWS,
-                callbacks=[FirstStep(str(notes))],
-                verbose=0,
-            )
+            estimator = make_estimator(arguments.store, callbacks=[FirstStep(str(notes))])
             start = time.time()
             estimator.fit(df)
             found.append(max(float(note.read_text()) for note in notes.iterdir()) - start)

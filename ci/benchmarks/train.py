@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import data
 from benchmarks.comparison import Comparison, SkippedError, interleaved
-from benchmarks.fit_session import BATCH_ROWS
+from benchmarks.estimator import make_estimator
 from benchmarks.session import CLUSTER, spark_session
 from hvdspark.launch.barrier import CONTROLLERS
 
@@ -36,7 +36,7 @@ def measure(*, quick: bool, controller: str) -> Iterator[Comparison]:
     """Train the MLP on two ranks, by the bare script and on one rank, in turns."""
     if controller not in CONTROLLERS:
         raise SkippedError(f"this version has no controller '{controller}'")
-    rows, epochs, repeats = (100_000, 4, 2) if quick else (200_000, 6, 5)
+    rows, epochs, repeats = (60_000, 3, 1) if quick else (200_000, 6, 5)
     waiting: list[float] = []
     with tempfile.TemporaryDirectory() as name, spark_session(CLUSTER) as spark:
         folder = Path(name)
@@ -48,34 +48,16 @@ def measure(*, quick: bool, controller: str) -> Iterator[Comparison]:
             partial(_fit, df, folder, epochs, controller, 1, []),
         )
     title = f"train, 2 ranks over {NAMES[controller]}"
-    yield Comparison(f"{title}: bare script of 2 processes", "samples/s", ours, bare, BARE_TARGET)
-    yield Comparison(f"{title}: 1 rank", "samples/s", ours, alone, ONE_RANK_TARGET)
+    yield Comparison(f"{title} vs bare script of 2 processes", "samples/s", ours, bare, BARE_TARGET)
+    yield Comparison(f"{title} vs 1 rank", "samples/s", ours, alone, ONE_RANK_TARGET)
     if waiting:
         note = f"against the limit of {WAITING_LIMIT:g} %"
-        yield Comparison(f"{title}: share of the time waiting for data", "%", waiting, [WAITING_LIMIT], 1.0, note)
+        yield Comparison(f"{title}, share of time waiting vs its limit", "%", waiting, [WAITING_LIMIT], 1.0, note)
 
 
 def _fit(df: DataFrame, folder: Path, epochs: int, controller: str, ranks: int, waiting: list[float]) -> float:
     """Train with the estimator; returns samples per second without the first epoch, and notes the waiting."""
-    import keras
-    from hvdspark.estimators import KerasEstimator
-
-    from benchmarks import networks
-    from hvdspark import Store
-
-    estimator = KerasEstimator(
-        num_proc=ranks,
-        store=Store.create(folder / "store"),
-        model=networks.mlp(keras),
-        optimizer=keras.optimizers.Adam(1e-3),
-        loss="binary_crossentropy",
-        feature_cols=["features"],
-        label_cols=["label"],
-        batch_size=BATCH_ROWS,
-        epochs=epochs,
-        controller=controller,
-        verbose=0,
-    )
+    estimator = make_estimator(folder / "store", num_proc=ranks, epochs=epochs, controller=controller)
     model: Any = estimator.fit(df)
     share = getattr(model, "waiting_share", None)
     if share is not None:

@@ -58,4 +58,4 @@ def measure(*, quick: bool, kind: str) -> Iterator[Comparison]:
         interleaved(1, *contestants)
         ours, bare = interleaved(repeats, *contestants)
     note = f"one thread's rate times {cores()} cores"
-    yield Comparison(f"transform, {TITLES[kind]}: bare predict_on_batch", "rows/s", ours, bare, TARGET, note)
+    yield Comparison(f"transform, {TITLES[kind]} vs bare predict_on_batch", "rows/s", ours, bare, TARGET, note)

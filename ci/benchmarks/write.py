@@ -35,7 +35,7 @@ def measure(*, quick: bool, kind: str) -> Iterator[Comparison]:
         # The first round compiles Spark's code.
         interleaved(2, write_ours, write_plain)
         ours, theirs = interleaved(repeats, write_ours, write_plain)
-    yield Comparison(f"write, {KINDS[kind].title}: Spark's df.write.parquet", "rows/s", ours, theirs, TARGET)
+    yield Comparison(f"write, {KINDS[kind].title} vs Spark's df.write.parquet", "rows/s", ours, theirs, TARGET)
 
 
 def _emptied(folder: Path, taken: float) -> float:
