@@ -7,6 +7,7 @@ whether all of them ran: a target that is missed is a result.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from pathlib import Path
@@ -24,14 +25,18 @@ def main() -> int:
     try:
         chosen = cases.chosen(arguments.only)
     except ValueError as error:
-        print(f"bench: {error}", file=sys.stderr)
+        say(str(error))
         return 2
+    # Interrupted in any way, it ends what it has started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     rows = []
     for case in chosen:
         started = time.monotonic()
-        print(f"bench: {case.name}: {case.summary} ...", file=sys.stderr, flush=True)
-        rows += list(cases.run(case, quick=arguments.quick))
-        print(f"bench: {case.name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+        say(f"{case.name}: {case.summary} ...")
+        for row in cases.run(case, quick=arguments.quick):
+            say("  " + report.line(row))
+            rows.append(row)
+        say(f"{case.name}: {time.monotonic() - started:.0f} s")
     made_on = report.machine()
     print(report.markdown(rows, made_on))
     if arguments.json:
@@ -39,6 +44,11 @@ def main() -> int:
     if arguments.chart:
         chart.draw(rows, made_on, arguments.chart)
     return 1 if any(row.state == "failed" for row in rows) else 0
+
+
+def say(message: str) -> None:
+    """Tell the user."""
+    print(f"bench: {message}", file=sys.stderr, flush=True)
 
 
 def parse_arguments() -> argparse.Namespace:

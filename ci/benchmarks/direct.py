@@ -31,7 +31,7 @@ def measure(*, quick: bool) -> Iterator[Comparison]:
         seeds = itertools.count()
         direct, parquet = (partial(_fit, spark, Path(name), seeds, way) for way in ("direct", "petastorm"))
         interleaved(1, direct, parquet)
-        ours, theirs = interleaved(1 if quick else 5, direct, parquet)
+        ours, theirs = interleaved(1 if quick else 3, direct, parquet)
     yield Comparison('fit, 1 epoch, data="direct" vs through Parquet', "s", ours, theirs)
 
 

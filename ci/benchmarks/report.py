@@ -44,7 +44,7 @@ def _cpu_model() -> str:
 def markdown(rows: Sequence[Row], made_on: Mapping[str, Any]) -> str:
     """Return the table with its caption and the machine."""
     lines = ["| | hvdspark | against | ratio | target | |", "|---|---:|---:|---:|---:|---|"]
-    lines += [_line(row) for row in rows]
+    lines += [line(row) for row in rows]
     notes = [f"- {row.name}: {row.note}" for row in rows if row.note]
     return "\n".join([*lines, "", CAPTION, "", describe(made_on), *(["", *notes] if notes else [])])
 
@@ -58,7 +58,8 @@ def describe(made_on: Mapping[str, Any]) -> str:
     )
 
 
-def _line(row: Row) -> str:
+def line(row: Row) -> str:
+    """Return a row's line of the table."""
     target = "" if row.target is None else f"≥ {number(row.target)}"
     cells = (row.name, _value(row.ours, row.unit), _value(row.theirs, row.unit), _ratio(row), target, MARKS[row.state])
     return f"| {' | '.join(cells)} |"

@@ -39,7 +39,7 @@ def measure(*, quick: bool) -> Iterator[Comparison]:
 
         first_step(), bare_import()
         warm.clear()
-        cold, bare = interleaved(1 if quick else 5, first_step, bare_import)
+        cold, bare = interleaved(1 if quick else 3, first_step, bare_import)
     note = "the target is 1.5 times as long; the rows are in the Store, and Spark's session is up"
     yield Comparison("start-up, first fit vs bare import", "s", cold, bare, COLD_TARGET, note)
     note = f"against the limit of {WARM_LIMIT_S:g} s"

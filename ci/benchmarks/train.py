@@ -36,7 +36,7 @@ def measure(*, quick: bool, controller: str) -> Iterator[Comparison]:
     """Train the MLP on two ranks, by the bare script and on one rank, in turns."""
     if controller not in CONTROLLERS:
         raise SkippedError(f"this version has no controller '{controller}'")
-    rows, epochs, repeats = (60_000, 3, 1) if quick else (200_000, 6, 5)
+    rows, epochs, repeats = (60_000, 3, 1) if quick else (200_000, 6, 3)
     waiting: list[float] = []
     with tempfile.TemporaryDirectory() as name, spark_session(CLUSTER) as spark:
         folder = Path(name)

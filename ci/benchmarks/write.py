@@ -18,7 +18,7 @@ TARGET = 0.9
 
 def measure(*, quick: bool, kind: str) -> Iterator[Comparison]:
     """Write one kind of rows from Spark's memory into new folders, in turns."""
-    rows, repeats = (300_000, 3) if quick else (1_000_000, 7)
+    rows, repeats = (300_000, 3) if quick else (1_000_000, 5)
     with tempfile.TemporaryDirectory() as name, spark_session(f"local[{cores()}]") as spark:
         folder = Path(name)
         plain = data.write_parquet(folder / "plain", KINDS[kind].make(rows))
