@@ -38,6 +38,13 @@ def list_column(values: npt.NDArray[Any]) -> pa.ListArray:
     return pa.ListArray.from_arrays(offsets, values.reshape(-1))
 
 
+def binary_column(values: npt.NDArray[Any]) -> pa.BinaryArray:
+    """Make a column of binaries, each the bytes of a row of a block of shape ``(rows, size)``."""
+    size = values.shape[1] * values.itemsize
+    offsets = np.arange(0, values.nbytes + 1, size, dtype=np.int32)
+    return pa.BinaryArray.from_buffers(pa.binary(), len(values), [None, pa.py_buffer(offsets), pa.py_buffer(values)])
+
+
 def write_parquet(folder: Path, columns: dict[str, Any]) -> Path:
     """Write columns as some Parquet files, the way Spark does by default: Snappy, with dictionaries."""
     table = pa.table(columns)

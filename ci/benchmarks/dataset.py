@@ -49,8 +49,8 @@ def _scalars(rows: int) -> dict[str, Any]:
 
 
 def _images(rows: int) -> dict[str, Any]:
-    pixels = np.random.default_rng(0).integers(-128, 128, (rows, IMAGE_BYTES), dtype=np.int8)
-    return {"x": data.list_column(pixels), LABEL: np.zeros(rows, dtype=np.float32)}
+    pixels = np.random.default_rng(0).integers(0, 256, (rows, IMAGE_BYTES), dtype=np.uint8)
+    return {"x": data.binary_column(pixels), LABEL: np.zeros(rows, dtype=np.float32)}
 
 
 KINDS = {
@@ -106,5 +106,5 @@ def to_numpy(column: pa.ChunkedArray) -> Any:
     if not pa.types.is_fixed_size_binary(chunk.type):
         return chunk.to_numpy()
     cells = np.frombuffer(chunk.buffers()[1], dtype=np.uint8).reshape(len(chunk), -1)
-    dtype, size = (np.int8, IMAGE_BYTES) if cells.shape[1] > IMAGE_BYTES else (np.float32, WIDTH)
+    dtype, size = (np.uint8, IMAGE_BYTES) if cells.shape[1] > IMAGE_BYTES else (np.float32, WIDTH)
     return np.ascontiguousarray(cells[:, -size * np.dtype(dtype).itemsize :]).view(dtype)

@@ -59,7 +59,7 @@ def _fit(df: DataFrame, folder: Path, epochs: int, controller: str, ranks: int, 
     """Train with the estimator; returns samples per second without the first epoch, and notes the waiting."""
     estimator = make_estimator(folder / "store", num_proc=ranks, epochs=epochs, controller=controller)
     model: Any = estimator.fit(df)
-    share = getattr(model, "waiting_share", None)
+    share = getattr(model, "data_wait_share", None)
     if share is not None:
         waiting.append(100 * share)
     return float(model.rows_per_s)

@@ -18,7 +18,7 @@ TARGET = 0.9
 
 def measure(*, quick: bool, kind: str) -> Iterator[Comparison]:
     """Write one kind of rows from Spark's memory into new folders, in turns."""
-    rows, repeats = (300_000, 3) if quick else (1_000_000, 5)
+    rows, repeats = (200_000, 3) if quick else (1_000_000, 5)
     with tempfile.TemporaryDirectory() as name, spark_session(f"local[{cores()}]") as spark:
         folder = Path(name)
         plain = data.write_parquet(folder / "plain", KINDS[kind].make(rows))
@@ -33,7 +33,7 @@ def measure(*, quick: bool, kind: str) -> Iterator[Comparison]:
             return rows / _emptied(folder / "out", seconds(lambda: df.write.parquet(str(folder / "out"))))
 
         # The first round compiles Spark's code.
-        interleaved(2, write_ours, write_plain)
+        interleaved(1 if quick else 2, write_ours, write_plain)
         ours, theirs = interleaved(repeats, write_ours, write_plain)
     yield Comparison(f"write, {KINDS[kind].title} vs Spark's df.write.parquet", "rows/s", ours, theirs, TARGET)
 
