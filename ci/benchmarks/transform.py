@@ -17,7 +17,7 @@ TARGET = 0.8
 BATCH_ROWS = 4096
 TITLES = {"mlp": "MLP 28-256-256-1", "convnet": "convolutional network, 28 x 28"}
 # Rows of a quick run and of a full one: a second of work or more.
-ROWS = {"mlp": (500_000, 2_000_000), "convnet": (30_000, 120_000)}
+ROWS = {"mlp": (300_000, 2_000_000), "convnet": (20_000, 100_000)}
 
 
 def measure(*, quick: bool, kind: str) -> Iterator[Comparison]:
