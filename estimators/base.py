@@ -25,7 +25,7 @@ from pyspark.sql.types import StructType
 from hvdspark.data import schema
 from hvdspark.errors import ModelFormatError, ParamError
 from hvdspark.launch.barrier import LaunchOptions
-from hvdspark.plan import BatchSpec, ColumnSpec, FitPlan, ModelTensor, TrainResult
+from hvdspark.plan import BatchSpec, CacheMode, ColumnSpec, FitPlan, ModelTensor, TrainResult
 from hvdspark.predict import OutputColumn, ScorePlan, score, scored_schema
 from hvdspark.run import active_session
 from hvdspark.store import Store
@@ -116,6 +116,18 @@ class HorovodEstimator(Estimator, EstimatorParams, abc.ABC):  # type: ignore[typ
             raise ParamError(f"{type(self).__name__} needs {name}; it was not given", param=name)
         return value
 
+    def _cache(self) -> CacheMode:
+        """Return where decoded rows are kept; raises ``ParamError`` where two parameters say different things."""
+        mode: CacheMode = self._value("cache")
+        if not self._value("inmemory_cache_all"):
+            return mode
+        if mode not in ("auto", "memory"):
+            raise ParamError(
+                f"inmemory_cache_all=True means cache='memory', but cache={mode!r} was given; give one of them",
+                param="cache",
+            )
+        return "memory"
+
     def _launch_options(self, run_id: str, store: Store) -> LaunchOptions:
         env = dict(self._value("backend_env") or {})
         if not self._value("use_gpu"):
@@ -160,6 +172,7 @@ class HorovodModel(Model, ModelParams, abc.ABC):
         self._history = {name: list(values) for name, values in (history or {}).items()}
         self._phases: dict[str, float] = {}
         self._rows_per_s = 0.0
+        self._data_wait_share = 0.0
         self._sent: tuple[str, str, Broadcast[bytes]] | None = None
 
     @abc.abstractmethod
@@ -179,6 +192,14 @@ class HorovodModel(Model, ModelParams, abc.ABC):
     def rows_per_s(self) -> float:
         """Training rows per second over all ranks, without validation and the first epoch; zero after loading."""
         return self._rows_per_s
+
+    @property
+    def data_wait_share(self) -> float:
+        """Share of the training steps' time that they waited for rows, from 0 to 1, in the rank that waited longest.
+
+        Counted as :attr:`rows_per_s` is: without validation and the first epoch; zero after loading.
+        """
+        return self._data_wait_share
 
     @property
     def output_columns(self) -> tuple[OutputColumn, ...]:

@@ -81,6 +81,7 @@ class Fit:
         model._set(run_id=self._run_id)
         model._phases = dict(self._phases)
         self._say("phases: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self._phases.items()))
+        self._say(f"{result.rows_per_s:,.0f} rows per second; steps waited {result.data_wait_share:.1%} for rows")
         return model
 
     def _check(self, session: SparkSession) -> tuple[Store, tuple[ColumnSpec, ...], BatchSpec, int]:
@@ -100,6 +101,7 @@ class Fit:
             # What transform would refuse is found out now, not after the training.
             scored_schema(StructType(), planned_outputs(estimator, outputs))
         num_proc = estimator._value("num_proc") or count_slots(session)
+        estimator._cache()
         check_slots(session, num_proc, estimator._launch_options(self._run_id, store).slots_timeout_s)
         store.check_writable()
         if store.exists(run_folder(self._run_id)):
@@ -137,7 +139,7 @@ class Fit:
             shuffle=shuffle,
             seed=seed,
             reader_workers=value("train_reader_num_workers"),
-            cache_in_memory=value("inmemory_cache_all"),
+            cache=self._estimator._cache(),
             train_steps_per_epoch=value("train_steps_per_epoch"),
             validation_steps_per_epoch=value("validation_steps_per_epoch"),
         )

@@ -10,13 +10,14 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_args
 
 from pyspark.ml.param import Param, Params, TypeConverters
 
 from hvdspark.data.missing import Missing
 from hvdspark.errors import ParamError, closest
 from hvdspark.launch.barrier import CONTROLLERS
+from hvdspark.plan import CacheMode
 from hvdspark.store import _NAME
 
 Converter = Callable[[Any], Any]
@@ -390,9 +391,15 @@ class EstimatorParams(ModelParams):
     train_reader_num_workers = param(
         "train_reader_num_workers", "threads of a rank that read rows", positive_int("train_reader_num_workers")
     )
+    cache = param(
+        "cache",
+        "where a rank keeps its decoded rows for later epochs: 'memory', 'disk', 'none', or 'auto' for the first of"
+        " these that has room",
+        one_of("cache", get_args(CacheMode)),
+    )
     inmemory_cache_all = param(
         "inmemory_cache_all",
-        "keep a rank's decoded rows in memory after the first epoch",
+        "the same as cache='memory', by the name that horovod.spark gave it",
         boolean("inmemory_cache_all"),
     )
     keep_dataset = param(

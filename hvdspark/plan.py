@@ -18,6 +18,8 @@ Shape = tuple[int, ...]
 # What may stand for a null, or at the end of a short array.
 Filler = bool | int | float | str
 
+CacheMode = Literal["auto", "memory", "disk", "none"]
+
 
 @dataclass(frozen=True)
 class ColumnSpec:
@@ -388,6 +390,10 @@ class FitPlan:
         Passes over the training rows (or over ``train_steps_per_epoch`` steps).
     shuffle, seed
         Whether rows are shuffled, and the seed of everything random.
+    reader_workers
+        Threads of a rank that read.
+    cache
+        Where decoded rows are kept for later epochs.
     data
         The Store that the rows are in, where that is another one.
     """
@@ -403,7 +409,7 @@ class FitPlan:
     shuffle: bool
     seed: int
     reader_workers: int = 2
-    cache_in_memory: bool = False
+    cache: CacheMode = "auto"
     train_steps_per_epoch: int | None = None
     validation_steps_per_epoch: int | None = None
     data: StoreRef | None = None
@@ -423,6 +429,9 @@ class TrainResult:
         Seconds spent in the rank, by phase.
     rows_per_s
         Training rows per second over all ranks, first epoch excluded where there are more.
+    data_wait_share
+        Of the time of those epochs' training steps, the share that they waited for rows, from 0 to 1, in the rank that
+        waited longest.
     inputs, outputs
         What the trained model takes and gives.
     """
@@ -431,5 +440,6 @@ class TrainResult:
     model_path: str
     phases: Mapping[str, float]
     rows_per_s: float
+    data_wait_share: float
     inputs: tuple[ModelTensor, ...]
     outputs: tuple[ModelTensor, ...]

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
 from hvdspark.data.arrays import fill_tensor
-from hvdspark.data.blocks import Block, Blocks, late_slices
-from hvdspark.data.reader import BlockSource, read_group
+from hvdspark.data.blocks import Block, Blocks, stack
+from hvdspark.data.reader import read_group
+from hvdspark.data.shardcache import CacheRoom
 from hvdspark.data.shards import filler_read, reads_of
+from hvdspark.data.source import BlockSource
 from hvdspark.plan import BatchSpec, ColumnSpec, FitPlan, ShardPlan, TensorSpec
 from hvdspark.store import Store
 
 # Batches made ready ahead of the step that runs; fewer where they are large, but one in any case.
 PREFETCH = 8
 PREFETCH_BYTES = 256 << 20
+
+# Python hands rows over to TensorFlow in chunks of whole batches: so large that what a call costs vanishes, and small
+# enough to stay in the processor's cache.
+CHUNK_BYTES = 4 << 20
 
 # More passes than any training takes.
 ENDLESS = 1 << 40
@@ -40,15 +49,30 @@ class Batches:
         Whether to shuffle the rows of a pass.
     workers
         Threads that read.
+    passes
+        How often the rows will come; those that come once are not cached.
+    room
+        What the cache may take.
     """
 
-    def __init__(self, plan: FitPlan, shards: ShardPlan, rank: int, *, shuffle: bool, workers: int) -> None:
+    def __init__(
+        self,
+        plan: FitPlan,
+        shards: ShardPlan,
+        rank: int,
+        *,
+        shuffle: bool,
+        workers: int,
+        passes: int = 1,
+        room: CacheRoom | None = None,
+    ) -> None:
         self._plan = plan
         self._shards = shards
         self._rank = rank
         self._needed = tuple(spec for spec in plan.columns if spec.name in plan.batch.columns)
         self._specs = {spec.name: spec for spec in self._needed}
         self._store = Store.from_ref(plan.data or plan.store)
+        self._stacks, self._stored = _as_stored(plan.batch, self._specs)
         self._source = BlockSource(
             self._store,
             plan.dataset,
@@ -57,10 +81,13 @@ class Batches:
             shuffle=shuffle,
             seed=(plan.seed, rank),
             workers=workers,
-            cache_in_memory=plan.cache_in_memory,
+            stacks=self._stacks,
+            cache=plan.cache if passes > 1 else "none",
+            room=room,
         )
         self._structure = _signature(plan.batch, self._specs)
         self._prefetch = prefetch_of(self._structure, shards.batch_rows)
+        self._chunk_rows = shards.batch_rows * max(1, CHUNK_BYTES // _batch_bytes(self._structure, shards.batch_rows))
 
     @property
     def own_steps(self) -> int:
@@ -77,11 +104,10 @@ class Batches:
         passes
             How often the rows come.
         """
-        dataset = tf.data.Dataset.range(passes).flat_map(lambda number: self._pass(number))
-        return dataset.map(pack, num_parallel_calls=1, deterministic=True).prefetch(self._prefetch)
+        return self._batches(passes, pack, ()).prefetch(self._prefetch)
 
     def steps(self, pack: Callable[..., Any], passes: int, passes_per_step: int) -> tf.data.Dataset:
-        """Return ``(data, rows, total, apply)`` of every step: what :class:`StepRows` wants to know with it.
+        """Return ``(data, (rows, total, apply))`` of every step: what :class:`StepRows` wants to know with it.
 
         Parameters
         ----------
@@ -90,57 +116,57 @@ class Batches:
         passes_per_step
             Steps whose gradients go into one update; a pass ends with an update in any case.
         """
-        shards, rank = self._shards, self._rank
+        shards = self._shards
+        filler = (self._filler(),) if self.own_steps < shards.steps else ()
         last = shards.steps - 1
-        is_idle = shards.rows_at(rank, last) == 0
-        filler = tf.data.Dataset.from_tensors(self._filler()) if is_idle else None
-
-        def one_pass(number: tf.Tensor) -> tf.data.Dataset:
-            batches = self._pass(number)
-            if filler is not None:
-                batches = batches.concatenate(filler)
-            index = tf.data.Dataset.range(shards.steps)
-            rows = index.map(lambda step: tf.where(step < last, shards.batch_rows, shards.rows_at(rank, last)))
-            total = index.map(lambda step: tf.where(step < last, shards.total_rows_at(0), shards.total_rows_at(last)))
-            apply = index.map(lambda step: (step == last) | ((step + 1) % passes_per_step == 0))
-            return tf.data.Dataset.zip((batches, rows, total, apply))
-
-        def packed(flat: Any, rows: Any, total: Any, apply: Any) -> Any:
-            return pack(*flat), tf.cast(rows, tf.float32), tf.cast(total, tf.float32), apply
-
-        dataset = tf.data.Dataset.range(passes).flat_map(one_pass)
-        return dataset.map(packed, num_parallel_calls=1, deterministic=True).prefetch(self._prefetch)
+        # Repeated and joined, not computed: a function that runs for every step costs more than the rest of the way.
+        applies = np.arange(passes_per_step) == passes_per_step - 1
+        full = _facts(shards.rows_at(self._rank, 0), shards.total_rows_at(0), applies).repeat().take(last)
+        ending = _facts(shards.rows_at(self._rank, last), shards.total_rows_at(last), np.array([True]))
+        facts = full.concatenate(ending).repeat(passes)
+        return tf.data.Dataset.zip((self._batches(passes, pack, filler), facts)).prefetch(self._prefetch)
 
     def sample(self) -> tuple[Block, ...]:
         """Read one row as flat tensors, to build a model that knows its shapes only then."""
-        return self._filler()
+        return _tensors(self._one_row(), self._plan.batch)
 
-    def _pass(self, number: tf.Tensor) -> tf.data.Dataset:
-        """Batches of one pass; a pass never shares a batch with the next."""
-        blocks = tf.data.Dataset.from_generator(self._generate, args=(number,), output_signature=self._structure)
-        return blocks.rebatch(self._shards.batch_rows)
+    def _batches(self, passes: int, pack: Callable[..., Any], filler: Iterable[tuple[Block, ...]]) -> tf.data.Dataset:
+        """Cut chunks, each of whole batches, into batches; so a pass never shares a batch with the next."""
+        rows = self._shards.batch_rows
+        dtypes = [tensor.dtype for tensor in self._structure]
 
-    def _generate(self, number: Any) -> Iterator[tuple[Block, ...]]:
-        for blocks in self._source.passes(int(number)):
-            for rows in late_slices(blocks):
-                yield self._tensors({name: block[rows] for name, block in blocks.items()})
+        def cut(*chunk: tf.Tensor) -> tf.data.Dataset:
+            cast = [tf.cast(tensor, dtype) for tensor, dtype in zip(chunk, dtypes, strict=True)]
+            return tf.data.Dataset.from_tensors(pack(*cast)).rebatch(rows)
+
+        chunks = tf.data.Dataset.from_generator(
+            lambda: self._chunks(passes, filler), output_signature=_signature(self._stored, self._specs)
+        )
+        return chunks.flat_map(cut)
+
+    def _chunks(self, passes: int, filler: Iterable[tuple[Block, ...]]) -> Iterator[tuple[Block, ...]]:
+        """Yield the rank's rows, pass after pass, and the filler at the end of each."""
+        for blocks in self._source.passes(range(passes), self._chunk_rows):
+            yield from (_tensors(item, self._stored) for item in blocks)
+            yield from filler
 
     def _filler(self) -> tuple[Block, ...]:
-        read = filler_read(self._shards)
-        return self._tensors(read_group(self._store, self._plan.dataset, self._needed, read))
+        return _tensors(stack(self._one_row(), self._stacks), self._stored)
 
-    def _tensors(self, blocks: Blocks) -> tuple[Block, ...]:
-        batch = self._plan.batch
-        tensors = [fill_tensor(blocks, tensor) for tensor in (*batch.features, *batch.labels)]
-        if batch.sample_weight is not None:
-            tensors.append(fill_tensor(blocks, TensorSpec((batch.sample_weight,), (), "float32")))
-        return tuple(tensors)
+    def _one_row(self) -> Blocks:
+        return read_group(self._store, self._plan.dataset, self._needed, filler_read(self._shards))
+
+
+def _tensors(blocks: Blocks, batch: BatchSpec) -> tuple[Block, ...]:
+    tensors = [fill_tensor(blocks, tensor) for tensor in (*batch.features, *batch.labels)]
+    if batch.sample_weight is not None:
+        tensors.append(fill_tensor(blocks, TensorSpec((batch.sample_weight,), (), "float32")))
+    return tuple(tensors)
 
 
 def prefetch_of(structure: tuple[tf.TensorSpec, ...], batch_rows: int) -> int:
     """Return how many batches are made ready ahead."""
-    row_bytes: int = sum(math.prod(spec.shape[1:]) * spec.dtype.size for spec in structure)
-    return max(1, min(PREFETCH, PREFETCH_BYTES // max(1, row_bytes * batch_rows)))
+    return max(1, min(PREFETCH, PREFETCH_BYTES // _batch_bytes(structure, batch_rows)))
 
 
 def tensor_dtype(tensor: TensorSpec, specs: dict[str, ColumnSpec]) -> tf.DType:
@@ -148,6 +174,51 @@ def tensor_dtype(tensor: TensorSpec, specs: dict[str, ColumnSpec]) -> tf.DType:
     if tensor.dtype is not None:
         return tf.as_dtype(tensor.dtype)
     return tf.as_dtype(np.result_type(*(np.dtype(specs[name].dtype) for name in tensor.columns)))
+
+
+def _as_stored(batch: BatchSpec, specs: dict[str, ColumnSpec]) -> tuple[dict[str, tuple[str, ...]], BatchSpec]:
+    """Describe the batches as Python hands them over, with less work for it.
+
+    Returns
+    -------
+    stacks : dict of str to tuple of str
+        Columns that are put side by side before they are shuffled.
+    batch : BatchSpec
+        The tensors made of those, in the dtype of the columns where that only needs to be widened: that is for
+        TensorFlow to do, after the rows were copied.
+    """
+    uses = Counter(name for tensor in (*batch.features, *batch.labels) for name in tensor.columns)
+    stacks: dict[str, tuple[str, ...]] = {}
+
+    def stored(tensor: TensorSpec) -> TensorSpec:
+        columns = [specs[name] for name in tensor.columns]
+        dtype = _stored_dtype(tensor, specs)
+        name = ", ".join(tensor.columns)
+        alike = len({spec.dtype for spec in columns}) == 1 and all(spec.kind == "scalar" for spec in columns)
+        if len(columns) > 1 and alike and name not in specs and all(uses[spec.name] == 1 for spec in columns):
+            stacks[name] = tensor.columns
+            return dataclasses.replace(tensor, columns=(name,), dtype=dtype)
+        return dataclasses.replace(tensor, dtype=dtype)
+
+    if batch.sample_weight is not None:
+        uses[batch.sample_weight] += 1
+    features, labels = (tuple(map(stored, tensors)) for tensors in (batch.features, batch.labels))
+    return stacks, dataclasses.replace(batch, features=features, labels=labels)
+
+
+def _stored_dtype(tensor: TensorSpec, specs: dict[str, ColumnSpec]) -> str | None:
+    """Return the columns' own dtype where the tensor's can hold all of its values, else the tensor's."""
+    if tensor.dtype == "string" or "string" in {specs[name].dtype for name in tensor.columns}:
+        return tensor.dtype
+    own = tensor_dtype(dataclasses.replace(tensor, dtype=None), specs)
+    widens = np.can_cast(own.as_numpy_dtype, tensor_dtype(tensor, specs).as_numpy_dtype)
+    return str(own.name) if widens else tensor.dtype
+
+
+def _facts(rows: int, total: int, applies: npt.NDArray[np.bool_]) -> tf.data.Dataset:
+    """Tell, for some steps of as many rows, what :class:`StepRows` wants to know."""
+    same = np.ones(len(applies), dtype=np.float32)
+    return tf.data.Dataset.from_tensor_slices((same * rows, same * total, applies))
 
 
 def packer(model: keras.Model, batch: BatchSpec) -> Callable[..., Any]:
@@ -178,3 +249,8 @@ def _signature(batch: BatchSpec, specs: dict[str, ColumnSpec]) -> tuple[tf.Tenso
     if batch.sample_weight is not None:
         found.append(tf.TensorSpec((None,), tf.float32))
     return tuple(found)
+
+
+def _batch_bytes(structure: Sequence[tf.TensorSpec], batch_rows: int) -> int:
+    row_bytes: int = sum(math.prod(spec.shape[1:]) * spec.dtype.size for spec in structure)
+    return max(1, row_bytes * batch_rows)

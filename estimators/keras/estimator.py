@@ -76,6 +76,9 @@ class KerasEstimator(HorovodEstimator, Persistable):
         Whether rows are shuffled anew in every epoch; without, all ranks together go through the rows in order.
     random_seed
         Seed of the split, of the order and of the ranks.
+    cache
+        Where a rank keeps its decoded rows for later epochs: ``"memory"``, ``"disk"``, ``"none"``, or ``"auto"`` for
+        the first of these that has room.
     keep_dataset
         Whether the rows stay in the Store for later fits on the same DataFrame (see :meth:`hvdspark.Store.gc`), or go
         when the fit ends.
@@ -154,6 +157,7 @@ class KerasEstimator(HorovodEstimator, Persistable):
         output_types: Sequence[str | None] | None = None,
         transform_batch_size: int | None = None,
         train_reader_num_workers: int | None = None,
+        cache: str | None = None,
         inmemory_cache_all: bool | None = None,
         keep_dataset: bool | None = None,
         use_gpu: bool | None = None,
@@ -176,6 +180,7 @@ class KerasEstimator(HorovodEstimator, Persistable):
             gradient_compression="none",
             backward_passes_per_step=1,
             train_reader_num_workers=2,
+            cache="auto",
             inmemory_cache_all=False,
             keep_dataset=True,
             compress_sparse_cols=False,
@@ -262,6 +267,7 @@ class KerasEstimator(HorovodEstimator, Persistable):
     def _make_model(self, data: bytes, result: TrainResult) -> KerasModel:
         model = KerasModel(data, result.inputs, result.outputs, result.history, self._all_custom_objects())
         model._rows_per_s = result.rows_per_s
+        model._data_wait_share = result.data_wait_share
         return model
 
     def _all_custom_objects(self) -> dict[str, Any]:

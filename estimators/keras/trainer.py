@@ -14,10 +14,12 @@ import numpy as np
 import tensorflow as tf
 from hvdspark.estimators.keras import codec
 from hvdspark.estimators.keras.batches import ENDLESS, Batches, packer
+from hvdspark.estimators.keras.clock import StepClock
 from hvdspark.estimators.keras.metrics import current_metrics, global_metrics
 from hvdspark.estimators.keras.optimizer import GradientReducer, LearningRateScale, StepRows
 from hvdspark.estimators.keras.spec import KerasSpec
 
+from hvdspark.data.shardcache import CacheRoom
 from hvdspark.plan import FitPlan, ModelTensor, ShardPlan, TrainResult
 from hvdspark.store import Store
 from hvdspark.worker.checkpoint import Checkpoints
@@ -70,24 +72,47 @@ class _Training:
         self._phases: dict[str, float] = {}
         self._store = Store.from_ref(plan.store)
         self._checkpoints = Checkpoints(self._store, plan.run_id, codec.SUFFIX, spec.best_of)
-        self._batches = self._open(plan.train, shuffle=plan.shuffle)
-        self._val_batches = self._open(plan.val, shuffle=False) if plan.val is not None else None
+        self._clock = StepClock()
+        room = CacheRoom(session.context.local_size)
+        passes = -(-plan.epochs * self._steps_per_epoch // plan.train.steps)
+        self._batches = self._open(plan.train, room, passes, shuffle=plan.shuffle)
+        self._val_batches = self._open(plan.val, room, plan.epochs, shuffle=False) if plan.val is not None else None
 
     def run(self) -> TrainResult | None:
         with self._timed("prepare"):
             self._prepare()
         with self._timed("train"):
-            history, rows_per_s = self._epochs()
+            history = self._epochs()
+            wait_share = self._longest_wait()
         if not self._session.is_first:
             return None
         with self._timed("publish"):
             path = self._checkpoints.publish()
         inputs, outputs = codec.describe(self._model)
-        return TrainResult(history, path, self._phases, rows_per_s, inputs or (), outputs or self._outputs())
+        return TrainResult(
+            history=history,
+            model_path=path,
+            phases=self._phases,
+            rows_per_s=self._clock.rows_per_s,
+            data_wait_share=wait_share,
+            inputs=inputs or (),
+            outputs=outputs or self._outputs(),
+        )
 
-    def _open(self, shards: ShardPlan, *, shuffle: bool) -> Batches:
-        plan = self._plan
-        return Batches(plan, shards, self._session.context.rank, shuffle=shuffle, workers=plan.reader_workers)
+    @property
+    def _steps_per_epoch(self) -> int:
+        return self._plan.train_steps_per_epoch or self._plan.train.steps
+
+    def _open(self, shards: ShardPlan, room: CacheRoom, passes: int, *, shuffle: bool) -> Batches:
+        plan, rank = self._plan, self._session.context.rank
+        return Batches(plan, shards, rank, shuffle=shuffle, workers=plan.reader_workers, passes=passes, room=room)
+
+    def _longest_wait(self) -> float:
+        """Return the share of time that steps waited for rows, of the rank that waited longest."""
+        context = self._session.context
+        shares = np.zeros(context.size)
+        shares[context.rank] = self._clock.wait_share
+        return float(self._session.sum(shares, "hvdspark_data_wait").max())
 
     def _prepare(self) -> None:
         """Make the model, the same on every rank, and the compiled functions."""
@@ -141,26 +166,25 @@ class _Training:
             for index, tensor in enumerate(flat)
         )
 
-    def _epochs(self) -> tuple[dict[str, list[float]], float]:
-        """Run all epochs; returns the history and the rows per second."""
+    def _epochs(self) -> dict[str, list[float]]:
+        """Run all epochs; returns the history."""
         plan, session = self._plan, self._session
         callbacks = self._callbacks()
-        steps = plan.train_steps_per_epoch or plan.train.steps
+        steps = self._steps_per_epoch
         passes = ENDLESS if plan.train_steps_per_epoch else plan.epochs
         iterator = iter(self._batches.steps(self._pack, passes, self._spec.passes_per_step))
-        clock = _RowClock()
         step = 0
         logs: dict[str, float] = {}
         self._model.stop_training = False
         callbacks.on_train_begin()
         for epoch in range(plan.epochs):
-            clock.start()
+            self._clock.start()
             self._model.reset_metrics()
             callbacks.on_epoch_begin(epoch)
             rows = self._run_steps(iterator, callbacks, steps, step)
             step += steps
             logs = global_metrics(self._model, session, rows, "hvdspark_train_metrics")
-            clock.stop(self._rows_of_all(step - steps, steps))
+            self._clock.stop(self._rows_of_all(step - steps, steps))
             self._average_statistics()
             logs |= {f"val_{name}": value for name, value in self._validate(callbacks).items()}
             callbacks.on_epoch_end(epoch, logs)
@@ -171,7 +195,7 @@ class _Training:
                 self._model.stop_training = True
                 break
         self._finish(callbacks, logs)
-        return dict(self._history.history), clock.rows_per_s
+        return dict(self._history.history)
 
     def _finish(self, callbacks: Any, logs: Mapping[str, float]) -> None:
         """Let the optimizer and the callbacks have their last word on the weights, as restoring the best ones is."""
@@ -230,11 +254,11 @@ class _Training:
         return logs
 
     def _compiled_training(self) -> Any:
-        model, reducer = self._model, self._reducer
+        model, reducer, clock = self._model, self._reducer, self._clock
         guarded = self._plan.train.has_idle_steps
 
         def step(iterator: Any) -> None:
-            data, rows, total, apply = next(iterator)
+            data, (rows, total, apply) = clock.next(iterator)
             reducer.begin(StepRows(rows, total, apply))
             # A rank without rows computes on a filler, to take its part in the allreduce; nothing of it may stay.
             state = [*model.non_trainable_variables, *model.metrics_variables] if guarded else []
@@ -282,7 +306,7 @@ class _Training:
             add_progbar=False,
             model=self._model,
             epochs=plan.epochs,
-            steps=plan.train_steps_per_epoch or plan.train.steps,
+            steps=self._steps_per_epoch,
             verbose=0,
         )
 
@@ -295,25 +319,6 @@ class _Training:
         start = time.perf_counter()
         yield
         self._phases[phase] = time.perf_counter() - start
-
-
-class _RowClock:
-    """Rows per second; the first epoch, in which functions are traced, counts only when there is no other."""
-
-    def __init__(self) -> None:
-        self._epochs: list[tuple[int, float]] = []
-        self._started = 0.0
-
-    def start(self) -> None:
-        self._started = time.perf_counter()
-
-    def stop(self, rows: int) -> None:
-        self._epochs.append((rows, time.perf_counter() - self._started))
-
-    @property
-    def rows_per_s(self) -> float:
-        counted = self._epochs[1:] or self._epochs
-        return sum(rows for rows, _ in counted) / max(sum(seconds for _, seconds in counted), 1e-9)
 
 
 def is_writer(callback: Any) -> bool:

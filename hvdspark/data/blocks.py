@@ -16,9 +16,14 @@ import numpy.typing as npt
 from hvdspark.errors import ValueRangeError
 from hvdspark.plan import Storage
 
-# C-contiguous, of shape ``(rows, …)``.
+# Of shape ``(rows, …)``. The values of a row are next to each other; between rows there may be gaps, where a block is a
+# view into what was read.
 Block = npt.NDArray[Any]
 Rows = slice | npt.NDArray[np.integer[Any]] | npt.NDArray[np.bool_]
+
+# Columns are put side by side this many bytes at a time, so that what is written stays in the processor's cache until
+# all columns are through.
+STACK_BYTES = 256 << 10
 
 # Late blocks are made dense this many bytes at a time: more than a usual batch, little beside a rank's memory.
 DENSE_BYTES = 16 << 20
@@ -82,6 +87,40 @@ def concatenate(blocks: Sequence[AnyBlock]) -> AnyBlock:
     if isinstance(first, LateBlock):
         return first.joined_to([block for block in blocks[1:] if isinstance(block, LateBlock)])
     return np.concatenate([block for block in blocks if isinstance(block, np.ndarray)])
+
+
+def take(block: AnyBlock, rows: slice | npt.NDArray[np.int64]) -> AnyBlock:
+    """Return some rows of a block, in the order given."""
+    # np.take is several times faster than block[rows]; but of an array with gaps it would first copy the whole.
+    if isinstance(rows, np.ndarray) and isinstance(block, np.ndarray) and block.flags.c_contiguous:
+        return np.take(block, rows, axis=0)
+    return block[rows]
+
+
+def stack(blocks: Blocks, stacks: Mapping[str, Sequence[str]]) -> Blocks:
+    """Put columns side by side into one block, which takes their place.
+
+    Parameters
+    ----------
+    blocks
+        Columns of the same rows.
+    stacks
+        Names of the new blocks, and the columns of each; those are flat arrays of one dtype, and no column is in two.
+    """
+    gone = {column for columns in stacks.values() for column in columns}
+    found = {name: block for name, block in blocks.items() if name not in gone}
+    for name, columns in stacks.items():
+        found[name] = _side_by_side([np.asarray(blocks[column]) for column in columns])
+    return found
+
+
+def _side_by_side(parts: Sequence[Block]) -> Block:
+    out = np.empty((len(parts[0]), sum(part.shape[1] for part in parts)), parts[0].dtype)
+    step = max(1, STACK_BYTES // (out.shape[1] * out.itemsize))
+    for start in range(0, len(out), step):
+        rows = slice(start, start + step)
+        np.concatenate([part[rows] for part in parts], axis=1, out=out[rows])
+    return out
 
 
 def storage_of(block: AnyBlock) -> Storage:

@@ -8,10 +8,9 @@ pickle; the manifest says all that is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -27,9 +26,6 @@ from hvdspark.data.storage import from_parquet
 from hvdspark.errors import CorruptDatasetError
 from hvdspark.plan import ColumnSpec, GroupRead
 from hvdspark.store import Store
-
-# Rows are shuffled within a window of this many bytes; a smaller shard is shuffled uniformly.
-SHUFFLE_WINDOW_BYTES = 256 << 20
 
 
 class ShardReader(Reader):  # type: ignore[misc]
@@ -47,6 +43,8 @@ class ShardReader(Reader):  # type: ignore[misc]
         The rows to read.
     workers
         Threads that read and decode.
+    verify
+        Whether to check the files' checksums, which costs about as much as reading does.
     """
 
     def __init__(
@@ -56,6 +54,8 @@ class ShardReader(Reader):  # type: ignore[misc]
         columns: Sequence[ColumnSpec],
         reads: Sequence[GroupRead],
         workers: int = 2,
+        *,
+        verify: bool = False,
     ) -> None:
         # Reader.__init__ lists the folder, unpickles a Unischema and cuts shards by whole row groups. None of that is
         # wanted, so the parts that its other methods use are set here instead.
@@ -76,7 +76,7 @@ class ShardReader(Reader):  # type: ignore[misc]
         self.cache = None
         self.last_row_consumed = False
         self.stopped = False
-        self._workers_pool.start(_BlockWorker, (store, dataset, tuple(columns)), ventilator=self.ventilator)
+        self._workers_pool.start(_BlockWorker, (store, dataset, tuple(columns), verify), ventilator=self.ventilator)
 
     def __exit__(self, *_: object) -> None:
         # Not the base class's: that one prints to the standard output.
@@ -101,16 +101,27 @@ class _BlockWorker(WorkerBase):  # type: ignore[misc]
     """Reads one row group's pieces and publishes them as blocks."""
 
     def process(self, read: GroupRead) -> None:
-        store, dataset, columns = self.args
-        self.publish_func(read_group(store, dataset, columns, read))
+        store, dataset, columns, verify = self.args
+        self.publish_func(read_group(store, dataset, columns, read, verify=verify))
 
     @staticmethod
     def new_results_queue_reader() -> _BlockQueueReader:
         return _BlockQueueReader()
 
 
-def read_group(store: Store, dataset: str, columns: Sequence[ColumnSpec], read: GroupRead) -> Blocks:
+def read_group(
+    store: Store, dataset: str, columns: Sequence[ColumnSpec], read: GroupRead, *, verify: bool = True
+) -> Blocks:
     """Read the pieces of one row group.
+
+    Parameters
+    ----------
+    store, dataset, columns
+        As for :class:`ShardReader`.
+    read
+        The pieces.
+    verify
+        Whether to check the checksums of the pages, and that every cell is what it should be.
 
     Returns
     -------
@@ -128,10 +139,10 @@ def read_group(store: Store, dataset: str, columns: Sequence[ColumnSpec], read: 
     try:
         source = path if store.is_local else store.filesystem.open(path, "rb")
         # Spark's timestamps go beyond what nanoseconds can count.
-        options = {"page_checksum_verification": True, "coerce_int96_timestamp_unit": "us"}
+        options = {"page_checksum_verification": verify, "coerce_int96_timestamp_unit": "us"}
         with pq.ParquetFile(source, memory_map=store.is_local, **options) as parquet:
             table = parquet.read_row_group(group.index, [spec.name for spec in columns], use_threads=False)
-            blocks = {spec.name: from_parquet(_whole(table.column(spec.name)), spec) for spec in columns}
+            blocks = {spec.name: from_parquet(_whole(table.column(spec.name)), spec, verify=verify) for spec in columns}
     except (OSError, ValueError, IndexError, KeyError) as exc:
         raise CorruptDatasetError(
             f"row group {group.index} of {store.url_of(place)} cannot be read: {exc}. The dataset was"
@@ -149,86 +160,3 @@ def read_group(store: Store, dataset: str, columns: Sequence[ColumnSpec], read: 
 
 def _whole(column: pa.ChunkedArray) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-
-
-class BlockSource:
-    """The blocks of a shard, pass after pass, shuffled anew for each.
-
-    Parameters
-    ----------
-    store, dataset, columns, reads
-        As for :class:`ShardReader`.
-    shuffle
-        Whether row groups and rows come in random order.
-    seed
-        Seed; the order of a pass depends on ``(seed, pass)`` alone.
-    workers
-        Threads that read and decode.
-    cache_in_memory
-        Keep the decoded shard and read the files once.
-    """
-
-    def __init__(
-        self,
-        store: Store,
-        dataset: str,
-        columns: Sequence[ColumnSpec],
-        reads: Sequence[GroupRead],
-        *,
-        shuffle: bool,
-        seed: int | Sequence[int] = 0,
-        workers: int = 2,
-        cache_in_memory: bool = False,
-    ) -> None:
-        self._open = (store, dataset, columns)
-        self._reads = list(reads)
-        self._shuffle = shuffle
-        self._seed = [seed] if isinstance(seed, int) else list(seed)
-        self._workers = workers
-        self._cache: dict[int, Blocks] | None = {} if cache_in_memory else None
-
-    def passes(self, number: int) -> Iterator[Blocks]:
-        """Yield the blocks of one pass: every row of the shard exactly once.
-
-        Parameters
-        ----------
-        number
-            Number of the pass, from zero.
-        """
-        if not self._shuffle:
-            yield from self._read(range(len(self._reads)))
-            return
-        random = np.random.default_rng([*self._seed, number])
-        order = [int(index) for index in random.permutation(len(self._reads))]
-        yield from _shuffled(self._read(order), random)
-
-    def _read(self, order: Sequence[int]) -> Iterator[Blocks]:
-        if self._cache is not None and len(self._cache) == len(self._reads):
-            yield from (self._cache[index] for index in order)
-            return
-        store, dataset, columns = self._open
-        with ShardReader(store, dataset, columns, [self._reads[i] for i in order], self._workers) as reader:
-            for index, blocks in zip(order, reader, strict=True):
-                if self._cache is not None:
-                    self._cache[index] = blocks
-                yield blocks
-
-
-def _shuffled(blocks: Iterator[Blocks], random: np.random.Generator) -> Iterator[Blocks]:
-    """Permute rows within windows of blocks that together stay under the window's size."""
-    window: list[Blocks] = []
-    held = 0
-    for item in blocks:
-        window.append(item)
-        held += sum(block.nbytes for block in item.values())
-        if held >= SHUFFLE_WINDOW_BYTES:
-            yield _permuted(window, random)
-            window, held = [], 0
-    if window:
-        yield _permuted(window, random)
-
-
-def _permuted(window: Sequence[Blocks], random: np.random.Generator) -> Blocks:
-    names = list(window[0])
-    order = random.permutation(sum(len(item[names[0]]) for item in window))
-    return {name: concatenate([item[name] for item in window])[order] for name in names}

@@ -24,21 +24,24 @@ def to_parquet(block: AnyBlock) -> pa.Array:
     return pa.array(block.reshape(-1)) if math.prod(block.shape[1:]) == 1 else pack(block)
 
 
-def from_parquet(column: pa.Array, spec: ColumnSpec) -> AnyBlock:
-    """Read what :func:`to_parquet` made, or Spark; raises ``ValueError`` when it is not what the spec says."""
+def from_parquet(column: pa.Array, spec: ColumnSpec, *, verify: bool = True) -> AnyBlock:
+    """Read what :func:`to_parquet` made, or Spark; raises ``ValueError`` when it is not what the spec says.
+
+    Without ``verify``, cells of fixed width are taken for what the first one is.
+    """
     if not spec.packed:
         return to_block(column, spec)
     try:
-        return _read(column, spec)
+        return _read(column, spec, verify=verify)
     except ValueError as exc:
         raise ValueError(f"column '{spec.name}': {exc}") from exc
 
 
-def _read(column: pa.Array, spec: ColumnSpec) -> AnyBlock:
+def _read(column: pa.Array, spec: ColumnSpec, *, verify: bool) -> AnyBlock:
     shape = spec.row_shape
     assert shape is not None
     if spec.storage == "dense" and spec.size != 1:
-        return unpack(column, shape, spec.dtype)
+        return unpack(column, shape, spec.dtype, verify=verify)
     if spec.storage == "dense":
         values = np.asarray(column.to_numpy(zero_copy_only=spec.dtype != "bool"))
         if values.dtype != spec.dtype:

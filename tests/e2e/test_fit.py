@@ -106,9 +106,12 @@ def test_a_pipeline_learns_and_its_saved_copy_predicts_the_same(
     assert model.getRunId() == "learns"
     assert {"check", "write", "launch", "train", "publish"} <= set(model.phases)
     assert model.rows_per_s > 0
+    assert 0 < model.data_wait_share < 1
     assert sorted(store.list("runs", "learns")) == ["checkpoints", "logs", "model.keras"]
     assert store.list("runs", "learns", "logs") == ["rank-0.log", "rank-1.log"]
-    assert "epoch 5/5" in store.read_bytes("runs", "learns", "logs", "rank-0.log").decode()
+    log = store.read_bytes("runs", "learns", "logs", "rank-0.log").decode()
+    assert "epoch 5/5" in log
+    assert log.count("decoded rows are kept in memory") == 2  # those to train on, and those to validate on
     for was, now in zip(before, network.get_weights(), strict=True):
         np.testing.assert_array_equal(was, now)
 

@@ -82,7 +82,7 @@ def steps_of(
     written: Any, rank: int, shards: ShardPlan, passes: int = 1, per_step: int = 1, shuffle: bool = False
 ) -> list[Any]:
     data = batches(written, rank, shards, shuffle=shuffle).steps(flat, passes, per_step)
-    return [(numbers_of(tensors), float(rows), float(total), bool(apply)) for tensors, rows, total, apply in data]
+    return [(numbers_of(tensors), float(rows), float(total), bool(apply)) for tensors, (rows, total, apply) in data]
 
 
 @pytest.mark.parametrize(("size", "batch_rows"), [(1, 4), (2, 4), (3, 2), (3, 7), (2, 12)])

@@ -49,6 +49,7 @@ GOOD: dict[str, tuple[Any, Any]] = {
     "validation_steps_per_epoch": (10, 10),
     "train_reader_num_workers": (4, 4),
     "keep_dataset": (False, False),
+    "cache": ("disk", "disk"),
     "inmemory_cache_all": (True, True),
     "use_gpu": (False, False),
     "controller": ("gloo", "gloo"),
@@ -261,6 +262,14 @@ def test_horovods_compression_classes_are_taken() -> None:
 
     assert KerasEstimator(gradient_compression=FP16Compressor).getGradientCompression() == "fp16"
     assert KerasEstimator(gradient_compression=NoneCompressor).getGradientCompression() == "none"
+
+
+def test_horovods_name_for_the_cache_means_memory_and_contradicts_other_places() -> None:
+    assert KerasEstimator()._cache() == "auto"
+    assert KerasEstimator(cache="none")._cache() == "none"
+    assert KerasEstimator(inmemory_cache_all=True)._cache() == "memory"
+    with pytest.raises(ParamError, match="inmemory_cache_all=True means cache='memory', but cache='disk' was given"):
+        KerasEstimator(inmemory_cache_all=True, cache="disk")._cache()
 
 
 def test_an_unknown_keyword_names_the_closest() -> None:
