@@ -8,7 +8,7 @@ from typing import Any
 
 import keras
 import pytest
-from hvdspark.estimators import BestOf, KerasEstimator, base
+from hvdspark.estimators import BestOf, KerasEstimator, sources
 from pyspark.sql import DataFrame, SparkSession
 
 from hvdspark import Store
@@ -18,7 +18,12 @@ from hvdspark.errors import ConfigError, NotEnoughSlotsError, ParamError, Schema
 @pytest.fixture(scope="module")
 def rows(spark: SparkSession) -> DataFrame:
     return spark.range(0, 20, numPartitions=2).selectExpr(
-        "double(id) AS a", "double(id % 3) AS b", "id % 2 AS y", "string(id) AS text", "array(double(id)) AS list"
+        "double(id) AS a",
+        "double(id % 3) AS b",
+        "id % 2 AS y",
+        "string(id) AS text",
+        "array(double(id)) AS list",
+        "timestamp_micros(id) AS at",
     )
 
 
@@ -27,11 +32,11 @@ def _no_rows_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_args: Any) -> None:
         raise AssertionError("the checks let it pass: rows were to be written")
 
-    monkeypatch.setattr(base, "materialize", refuse)
+    monkeypatch.setattr(sources, "materialize", refuse)
 
 
-def network(outputs: int = 1) -> keras.Model:
-    return keras.Sequential([keras.Input((2,)), keras.layers.Dense(outputs)])
+def network(outputs: int = 1, size: int = 2) -> keras.Model:
+    return keras.Sequential([keras.Input((size,)), keras.layers.Dense(outputs)])
 
 
 @pytest.fixture
@@ -65,7 +70,11 @@ def test_what_is_needed_is_asked_for_by_name(estimator: Any, rows: DataFrame, na
         ({"validation": "held"}, SchemaError, r"'held' does not exist"),
         ({"validation": "list"}, SchemaError, r"validation column 'list' has type array<double>"),
         ({"sample_weight_col": "list"}, SchemaError, r"sample_weight_col 'list' has type array<double>"),
-        ({"feature_cols": [["a", "text"]]}, SchemaError, r"'text' has type string; .*StringIndexer"),
+        ({"feature_cols": [["a", "text"]]}, SchemaError, r"'text' has type string, but .*StringIndexer"),
+        ({"feature_cols": ["at"], "model": network(size=1)}, SchemaError, r"'at' is a timestamp, .*int64 or float64"),
+        ({"fill_nulls": {"c": 0}}, ParamError, r"fill_nulls names the column 'c', which is neither feature"),
+        ({"fill_nulls": {"y": 0.5}}, ParamError, r"fill_nulls=.*'y': 0.5.*a whole number that int64 holds"),
+        ({"padding": {"a": 0}}, ParamError, r"padding names the column 'a', which is no array"),
         ({"feature_cols": ["a"]}, SchemaError, r"the columns a hold 1 values per row, .* takes 2"),
         ({"feature_cols": [["a", "b"], "a"]}, ParamError, r"feature_cols has 2 entries, but the model has 1 inputs"),
         ({"label_cols": ["y", "a"]}, ParamError, r"label_cols has 2 entries, but the model has 1 outputs"),

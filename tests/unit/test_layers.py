@@ -25,6 +25,7 @@ LAYERS = {
     "hvdspark.predict": 5,
     "hvdspark": 5,  # hvdspark/__init__.py shows the public names of the layers up to 5
     "hvdspark.estimators": 6,
+    "hvdspark.estimators.converters": 6,
     "hvdspark.estimators.params": 6,
     "hvdspark.estimators.keywords": 6,
     "hvdspark.estimators.outputs": 6,
