@@ -18,6 +18,8 @@ INK, PALE = "#1d2733", "#5b6875"
 STATES = {"ok": ("#2a7f62", "target met"), "missed": ("#d1603d", "target missed"), "info": ("#9aa7b4", "no target")}
 TARGET_WIDTH = 2.2
 FONT_SIZE = 9.5
+# A target that is nearer to the end of a bar than this factor would stand in the bar's label.
+LABEL_WIDTH = 3.0
 
 
 def draw(rows: Sequence[Row], made_on: Mapping[str, Any], path: Path) -> None:
@@ -39,7 +41,7 @@ def draw(rows: Sequence[Row], made_on: Mapping[str, Any], path: Path) -> None:
         _draw_row(axes, place, row)
     _draw_axes(axes, shown)
     figure.suptitle("hvdspark, measured side by side", x=0.01, ha="left", fontsize=14, fontweight="bold", color=INK)
-    axes.set_title(f"{made_on['cpu']}, {made_on['cores']} cores", loc="right", fontsize=FONT_SIZE, color=PALE)
+    axes.set_title(f"{made_on['cpu']}, {made_on['cores']} cores", loc="left", fontsize=FONT_SIZE, color=PALE)
     legend: list[Any] = [Patch(color=colour, label=label) for colour, label in STATES.values()]
     legend.append(Line2D([], [], color=INK, linewidth=TARGET_WIDTH, label="target"))
     figure.legend(handles=legend, loc="outside lower right", ncols=4, frameon=False, fontsize=FONT_SIZE)
@@ -50,9 +52,11 @@ def _draw_row(axes: Axes, place: int, row: Row) -> None:
     ratio = row.ratio or 1.0
     # Bars begin where both sides are equal: to the right ours is better, to the left the other.
     axes.barh(place, ratio - 1, left=1, height=0.62, color=STATES[row.state][0])
-    marks = [ratio] if row.target is None else [ratio, row.target]
+    marks = [ratio]
     if row.target is not None:
         axes.plot([row.target] * 2, [place - 0.4, place + 0.4], color=INK, linewidth=TARGET_WIDTH)
+        if 1 / LABEL_WIDTH < row.target / ratio < LABEL_WIDTH:
+            marks.append(row.target)
     is_right = ratio >= 1
     axes.annotate(
         f"{number(ratio)}x",
@@ -69,7 +73,7 @@ def _draw_row(axes: Axes, place: int, row: Row) -> None:
 def _draw_axes(axes: Axes, rows: Sequence[Row]) -> None:
     values = [1.0, *(value for row in rows for value in (row.ratio, row.target) if value is not None)]
     axes.set_xscale("log")
-    axes.set_xlim(min(values) / 2.6, max(values) * 2)
+    axes.set_xlim(min(values) / 2.6, max(values) * 3)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axes.set_xlabel("how many times better hvdspark is (1x: equal)", color=PALE)
     axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=FONT_SIZE)
