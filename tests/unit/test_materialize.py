@@ -123,7 +123,8 @@ def spec_bytes(spec: ColumnSpec) -> int:
 def read_all(written: Any, split: str, rank: int = 0, size: int = 1, workers: int = 2) -> Iterator[Blocks]:
     plan = plan_shards(written.manifest.splits[split], size, 3, keep_order=True)
     columns = written.manifest.columns
-    with ShardReader(written.store, written.dataset, columns, reads_of(plan, rank), workers) as reader:
+    reads = reads_of(plan, rank)
+    with ShardReader(written.store, written.dataset, columns, reads, workers, verify=True) as reader:
         yield from reader
 
 
