@@ -46,6 +46,7 @@ class HorovodEstimator(Estimator, EstimatorParams, abc.ABC):  # type: ignore[typ
 
     _attributes: ClassVar[Mapping[str, Any]] = {"store": None, "model": None}
     _kind: ClassVar[str] = "run"
+    _trainer: ClassVar[str]
     _store: Store | None
     _model: Any
 
@@ -139,6 +140,8 @@ class HorovodEstimator(Estimator, EstimatorParams, abc.ABC):  # type: ignore[typ
             start_timeout_s=self._value("start_timeout"),
             store=store.ref(),
             logs=f"{run_folder(run_id)}/logs",
+            preload=Job(self._trainer).modules,
+            warm_pool=self._value("warm_pool"),
         )
 
 

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING
 
 import cloudpickle
@@ -24,7 +25,8 @@ from hvdspark.data import schema
 from hvdspark.data.partitions import TRAIN, VAL, Split
 from hvdspark.data.shards import plan_shards
 from hvdspark.errors import ParamError
-from hvdspark.launch.barrier import check_slots, count_slots, run_barrier
+from hvdspark.launch.barrier import run_barrier, warm_up
+from hvdspark.launch.slots import check_slots, count_slots
 from hvdspark.plan import BatchSpec, ColumnSpec, FitPlan, TrainResult
 from hvdspark.predict import scored_schema
 from hvdspark.store import Store
@@ -59,16 +61,17 @@ class Fit:
         estimator, session = self._estimator, self._source.session
         with self._timed("check"):
             store, columns, batch, num_proc = self._check(session)
+        options = estimator._launch_options(self._run_id, store)
         with ExitStack() as stack:
             with self._timed("write"):
-                dataset = stack.enter_context(self._source.dataset(store, columns, self._split()))
+                meanwhile = partial(warm_up, session, num_proc, options)
+                dataset = stack.enter_context(self._source.dataset(store, columns, self._split(), meanwhile))
             plan, manifest = self._plan(store, dataset, batch, num_proc), dataset.manifest
             self._say(
                 f"{manifest.rows(TRAIN)} training and {manifest.rows(VAL)} validation rows, {num_proc} ranks,"
                 f" {plan.train.steps} steps per epoch"
             )
             with self._timed("launch"):
-                options = estimator._launch_options(self._run_id, store)
                 payload = cloudpickle.dumps(estimator._job(plan))
                 answers = run_barrier(session, num_proc, payload, options)
         # The answer came through Spark's own channel from a process that this fit started.

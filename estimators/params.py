@@ -242,5 +242,10 @@ class EstimatorParams(ModelParams):
     start_timeout = param(
         "start_timeout", "seconds within which all ranks must have begun", positive_float("start_timeout")
     )
+    warm_pool = param(
+        "warm_pool",
+        "keep processes on the executors that have imported the framework, for the next fit",
+        boolean("warm_pool"),
+    )
     nics = param("nics", "network interfaces that the ranks may use", column_names("nics"))
     backend_env = param("backend_env", "environment variables of the training processes", text_dict("backend_env"))

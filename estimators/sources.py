@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import posixpath
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -62,7 +62,9 @@ class RowSource(abc.ABC):
 
     @abc.abstractmethod
     @contextmanager
-    def dataset(self, store: Store, columns: tuple[ColumnSpec, ...], split: Split) -> Iterator[Dataset]:
+    def dataset(
+        self, store: Store, columns: tuple[ColumnSpec, ...], split: Split, meanwhile: Callable[[], None]
+    ) -> Iterator[Dataset]:
         """Provide the rows for the time of a block.
 
         Parameters
@@ -73,6 +75,8 @@ class RowSource(abc.ABC):
             What is needed of them.
         split
             Which rows are held out.
+        meanwhile
+            Called before rows are written: it begins what can go on beside that, and does not wait for it.
         """
 
 
@@ -98,12 +102,15 @@ class FrameSource(RowSource):
         schema.split_condition(self.schema, validation)
 
     @contextmanager
-    def dataset(self, store: Store, columns: tuple[ColumnSpec, ...], split: Split) -> Iterator[Dataset]:
+    def dataset(
+        self, store: Store, columns: tuple[ColumnSpec, ...], split: Split, meanwhile: Callable[[], None]
+    ) -> Iterator[Dataset]:
         """Find the dataset that an earlier fit wrote of the same rows, or write it."""
 
         def write(folder: str) -> None:
             with suppress(OSError, StoreError):
                 store.gc()
+            meanwhile()
             materialize(self._df, columns, split, store, folder)
 
         key = dataset_key(self._df, columns, split) if self._keep else None
@@ -154,7 +161,13 @@ class ParquetSource(RowSource):
             )
 
     @contextmanager
-    def dataset(self, store: Store, columns: tuple[ColumnSpec, ...], split: Split) -> Iterator[Dataset]:  # noqa: ARG002
+    def dataset(
+        self,
+        store: Store,  # noqa: ARG002
+        columns: tuple[ColumnSpec, ...],
+        split: Split,  # noqa: ARG002
+        meanwhile: Callable[[], None],  # noqa: ARG002
+    ) -> Iterator[Dataset]:
         """Look at the files, and make one dataset of training and validation rows."""
         if self._written is not None:
             yield self._written

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import cloudpickle
 
 from hvdspark.errors import LaunchError
-from hvdspark.launch.barrier import LaunchOptions, count_slots, run_barrier
+from hvdspark.launch.barrier import LaunchOptions, run_barrier
+from hvdspark.launch.slots import count_slots
 from hvdspark.worker.job import Job
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ def run(
     env: Mapping[str, str] | None = None,
     nics: Sequence[str] = (),
     controller: str = "gloo",
+    preload: Sequence[str] = (),
+    warm_pool: bool = True,
     spark: SparkSession | None = None,
 ) -> list[Any]:
     """Run a function on every rank of a new Horovod job, one rank per Spark barrier task.
@@ -47,6 +50,11 @@ def run(
         Network interfaces that the ranks may use; by default chosen from Spark's host names.
     controller
         The control plane, ``"gloo"``.
+    preload
+        Modules that the function needs, such as ``["tensorflow", "horovod.tensorflow"]``. They are imported while the
+        ranks are still finding each other, and before the function could set variables that they read.
+    warm_pool
+        Whether processes that have imported ``preload`` are kept on the executors for the next call.
     spark
         The session to run in; by default the active one.
 
@@ -73,7 +81,14 @@ def run(
     [0.5, 0.5]
     """
     session = spark or active_session()
-    options = LaunchOptions(controller=controller, nics=tuple(nics), env=dict(env or {}), start_timeout_s=start_timeout)
+    options = LaunchOptions(
+        controller=controller,
+        nics=tuple(nics),
+        env=dict(env or {}),
+        start_timeout_s=start_timeout,
+        preload=tuple(preload),
+        warm_pool=warm_pool,
+    )
     ranks = count_slots(session) if num_proc is None else num_proc
     payload = cloudpickle.dumps(Job(fn, tuple(args), dict(kwargs or {})))
     # The answers came through Spark's own channel from processes that this call started.

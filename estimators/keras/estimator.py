@@ -84,6 +84,8 @@ class KerasEstimator(HorovodEstimator, Persistable):
         when the fit ends.
     output_cols, output_types
         Names and types of the columns that the model appends.
+    warm_pool
+        Whether processes that have imported TensorFlow are kept on the executors for the next fit; default ``True``.
     controller, nics, start_timeout, backend_env, use_gpu
         How the ranks are started.
     run_id
@@ -102,6 +104,7 @@ class KerasEstimator(HorovodEstimator, Persistable):
     """
 
     _kind = "keras"
+    _trainer = "hvdspark.estimators.keras.trainer:train"
     _attributes: ClassVar[Mapping[str, Any]] = {
         **HorovodEstimator._attributes,
         "optimizer": None,
@@ -164,6 +167,7 @@ class KerasEstimator(HorovodEstimator, Persistable):
         controller: str | None = None,
         nics: Sequence[str] | None = None,
         start_timeout: float | None = None,
+        warm_pool: bool | None = None,
         backend_env: Mapping[str, str] | None = None,
         **others: Any,
     ) -> None:
@@ -187,6 +191,7 @@ class KerasEstimator(HorovodEstimator, Persistable):
             use_gpu=True,
             controller="gloo",
             start_timeout=120.0,
+            warm_pool=True,
             transform_batch_size=4096,
         )
         self._init_attributes()
@@ -262,7 +267,7 @@ class KerasEstimator(HorovodEstimator, Persistable):
             use_gpu=self._value("use_gpu"),
         )
         # By address: only the training processes import TensorFlow's Horovod.
-        return Job("hvdspark.estimators.keras.trainer:train", (plan, spec))
+        return Job(self._trainer, (plan, spec))
 
     def _make_model(self, data: bytes, result: TrainResult) -> KerasModel:
         model = KerasModel(data, result.inputs, result.outputs, result.history, self._all_custom_objects())

@@ -1,15 +1,18 @@
 """``run_barrier``: one barrier stage in which every task runs one rank.
 
-Spark starts all tasks of the stage together or none. They exchange where they are by ``allGather`` at the start, and
-never wait for each other with it afterwards: a task that waits for a dead peer there can take its executor down.
+Spark starts all tasks of the stage together or none. Each starts its rank's process first, which does its imports
+while the tasks tell each other where they are (:mod:`hvdspark.launch.meeting`). They do that once, at the start, and
+never wait for each other afterwards: a task that waits in ``allGather`` for a dead peer can take its executor down.
 Failures travel as data, because Spark would retry an exception blindly; the driver decides what they mean.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,28 +25,30 @@ from hvdspark.errors import (
     HvdSparkError,
     LaunchError,
     LaunchTimeoutError,
-    NotEnoughSlotsError,
     ParamError,
     RendezvousError,
     WorkerFailedError,
     closest,
 )
-from hvdspark.launch import devices, topology
-from hvdspark.launch.child import Failure, Outcome, run_child
+from hvdspark.launch import devices, pool, topology
+from hvdspark.launch.child import Child, Failure, Outcome
 from hvdspark.launch.gloo import RendezvousServer, gloo_environment
+from hvdspark.launch.meeting import gather
+from hvdspark.launch.process import Recipe, recipe_of
+from hvdspark.launch.slots import check_slots
 from hvdspark.plan import RankContext, StoreRef
 from hvdspark.store import Store
 
 if TYPE_CHECKING:
     from pyspark import BarrierTaskContext
-    from pyspark.sql import SparkSession
+    from pyspark.sql import Row, SparkSession
 
 logger = logging.getLogger(__name__)
 
 CONTROLLERS = ("gloo",)
 
 _SCHEMA = "rank long, result binary, failure string"
-_POLL_S = 0.5
+_MEET_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,10 @@ class LaunchOptions:
         Seconds to wait for executors that are still registering.
     logs
         Folder for the ranks' logs, relative to ``store``.
+    preload
+        Modules that the ranks will need, imported while the tasks are still meeting.
+    warm_pool
+        Whether processes that have done these imports are kept on the executors for the next job.
     """
 
     controller: str = "gloo"
@@ -73,6 +82,8 @@ class LaunchOptions:
     slots_timeout_s: float = 30.0
     store: StoreRef | None = None
     logs: str | None = None
+    preload: tuple[str, ...] = ()
+    warm_pool: bool = True
 
     def __post_init__(self) -> None:
         if self.controller not in CONTROLLERS:
@@ -81,59 +92,6 @@ class LaunchOptions:
                 f" has: {', '.join(CONTROLLERS)}",
                 param="controller",
             )
-
-
-def check_slots(spark: SparkSession, num_proc: int, timeout_s: float) -> None:
-    """Check that the cluster can run that many tasks at once; wait for executors that are still coming.
-
-    Raises
-    ------
-    ParamError
-        When ``num_proc`` is not a positive number.
-    NotEnoughSlotsError
-        When it cannot. Spark itself would try for ten silent minutes.
-    LaunchError
-        With dynamic allocation, which Spark refuses for barrier stages.
-    """
-    if num_proc < 1:
-        raise ParamError(f"num_proc={num_proc}: give at least one rank", param="num_proc")
-    conf = spark.sparkContext.getConf()
-    if conf.get("spark.dynamicAllocation.enabled", "false") == "true":
-        raise LaunchError(
-            "spark.dynamicAllocation.enabled is true, and Spark runs no barrier stage with it. Submit the job with"
-            " --conf spark.dynamicAllocation.enabled=false and a fixed number of executors."
-        )
-    deadline = time.monotonic() + (0.0 if _is_complete(spark) else timeout_s)
-    announced = False
-    while (available := count_slots(spark)) < num_proc:
-        if time.monotonic() >= deadline:
-            raise NotEnoughSlotsError(
-                f"needs {num_proc} slots, the cluster can run {available} at once. Lower num_proc, or give the job"
-                " more executors or cores (spark.executor.instances, spark.executor.cores, spark.task.cpus).",
-                needed=num_proc,
-                available=available,
-            )
-        if not announced:
-            logger.info("waiting up to %g s for %d slots, %d are there", timeout_s, num_proc, available)
-            announced = True
-        time.sleep(_POLL_S)
-
-
-def count_slots(spark: SparkSession) -> int:
-    """Return how many tasks the cluster can run at the same time."""
-    scala_context: Any = spark.sparkContext._jsc.sc()
-    profile = scala_context.resourceProfileManager().defaultResourceProfile()
-    return int(scala_context.maxNumConcurrentTasks(profile))
-
-
-def _is_complete(spark: SparkSession) -> bool:
-    """Whether all executors that can come have come; local modes tell, clusters do not."""
-    master = spark.sparkContext.master or ""
-    if master.startswith("local-cluster["):
-        expected = int(master.removeprefix("local-cluster[").split(",")[0])
-        running: Any = spark.sparkContext._jsc.sc().statusTracker().getExecutorInfos()
-        return len(running) > expected  # the driver counts as one
-    return master.startswith("local")
 
 
 def run_barrier(spark: SparkSession, num_proc: int, payload: bytes, options: LaunchOptions) -> list[bytes]:
@@ -166,11 +124,9 @@ def run_barrier(spark: SparkSession, num_proc: int, payload: bytes, options: Lau
     context = spark.sparkContext
     broadcast = context.broadcast(payload)
     driver_host = context.getConf().get("spark.driver.host", topology.LOOPBACK)
-    task = _task_of(broadcast, options, driver_host)
+    task = _task_of(broadcast, options, driver_host, secrets.token_hex(16))
     try:
-        with _described(spark, f"hvdspark: {num_proc} ranks"):
-            frame = spark.range(num_proc, numPartitions=num_proc)
-            rows = frame.mapInArrow(task, _SCHEMA, barrier=True).collect()
+        rows = _run_stage(spark, num_proc, task, f"hvdspark: {num_proc} ranks")
     except Exception as exc:
         raise _lost_stage(exc) from exc
     finally:
@@ -181,8 +137,46 @@ def run_barrier(spark: SparkSession, num_proc: int, payload: bytes, options: Lau
     return [bytes(row["result"]) for row in sorted(rows, key=lambda row: row["rank"])]
 
 
+def warm_up(spark: SparkSession, num_proc: int, options: LaunchOptions) -> None:
+    """Have the executors import what ranks will need; begins it and returns.
+
+    It can only save time: what goes wrong with it shows when the ranks are launched, if at all.
+
+    Parameters
+    ----------
+    spark, num_proc, options
+        As for the :func:`run_barrier` to come.
+    """
+    if not (options.warm_pool and options.preload):
+        return
+    from pyspark import BarrierTaskContext, InheritableThread
+
+    def task(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for _ in batches:
+            pass
+        barrier = BarrierTaskContext.get()
+        pool.prewarm(_recipe(topology.assign_ranks(_peers(barrier))[barrier.partitionId()], options))
+        return iter(())
+
+    def launch() -> None:
+        try:
+            _run_stage(spark, num_proc, task, f"hvdspark: imports ahead of {num_proc} ranks")
+        except Exception as exc:  # noqa: BLE001 - Spark's own errors are of many kinds
+            logger.debug("no imports ahead: %s", exc)
+
+    InheritableThread(target=launch, daemon=True, session=spark).start()
+
+
+def _run_stage(
+    spark: SparkSession, num_proc: int, task: Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]], text: str
+) -> list[Row]:
+    """Run a task on each of so many slots at once."""
+    with _described(spark, text):
+        return spark.range(num_proc, numPartitions=num_proc).mapInArrow(task, _SCHEMA, barrier=True).collect()
+
+
 def _task_of(
-    broadcast: Any, options: LaunchOptions, driver_host: str
+    broadcast: Any, options: LaunchOptions, driver_host: str, nonce: str
 ) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
     """Make the function that Spark runs in every task of the stage."""
 
@@ -191,7 +185,7 @@ def _task_of(
 
         for _ in batches:
             pass
-        rank, outcome = _run_task(BarrierTaskContext.get(), broadcast, options, driver_host)
+        rank, outcome = _run_task(BarrierTaskContext.get(), broadcast, options, driver_host, nonce)
         failure = json.dumps(outcome.failure.to_dict()) if outcome.failure is not None else None
         columns = {"rank": [rank], "result": [outcome.result], "failure": [failure]}
         schema = pa.schema([("rank", pa.int64()), ("result", pa.binary()), ("failure", pa.string())])
@@ -201,52 +195,89 @@ def _task_of(
 
 
 def _run_task(
-    barrier: BarrierTaskContext, broadcast: Any, options: LaunchOptions, driver_host: str
+    barrier: BarrierTaskContext, broadcast: Any, options: LaunchOptions, driver_host: str, nonce: str
 ) -> tuple[int, Outcome]:
-    """Meet the other tasks, then run this one's rank to its end."""
-    partition = barrier.partitionId()
-    host = barrier.getTaskInfos()[partition].address.rpartition(":")[0] or "localhost"
-    try:
-        address, error = devices.own_address(host, driver_host, options.nics), None
-    except HvdSparkError as exc:
-        address, error = topology.LOOPBACK, str(exc)
-    peers, error = _meet(barrier, topology.Peer(partition, host, address), error)
-    context = topology.assign_ranks(peers)[partition]
-    with contextlib.ExitStack() as stack:
-        server = None
-        if context.rank == 0 and error is None:
-            members = {topology.meeting_address(peers, peer.partition) for peer in peers}
-            own = topology.meeting_address(peers, partition)
-            server = stack.enter_context(RendezvousServer(own, members, context.size))
-        offer = json.dumps({"error": error, "address": server.address if server is not None else None})
-        offers = [json.loads(text) for text in barrier.allGather(offer)]
-        error = next((found["error"] for found in offers if found["error"] is not None), None)
-        if error is not None:
-            return context.rank, Outcome(failure=Failure(context.rank, host, "meet", error, time=time.time()))
-        meeting = next(found["address"] for found in offers if found["address"] is not None)
-        interface = devices.interface_of(topology.meeting_address(peers, partition))
+    """Start this task's rank, meet the other tasks meanwhile, then run it to its end."""
+    own, peers = barrier.partitionId(), _peers(barrier)
+    context = topology.assign_ranks(peers)[own]
+    with Child(_recipe(context, options), warm=options.warm_pool) as child, contextlib.ExitStack() as stack:
+        try:
+            address = devices.own_address(peers[own].host, driver_host, options.nics)
+            peers[own] = dataclasses.replace(peers[own], address=address)
+            server = stack.enter_context(_rendezvous(peers, own)) if context.rank == 0 else None
+            offer = _Offer(address, server.address if server is not None else None)
+        except (HvdSparkError, OSError) as exc:
+            server, offer = None, _Offer(error=str(exc))
+        try:
+            texts = gather(barrier, json.dumps(asdict(offer)), nonce, max(options.start_timeout_s, _MEET_TIMEOUT_S))
+            peers, meeting = _agreed(peers, [_Offer(**json.loads(text)) for text in texts])
+            interface = devices.interface_of(topology.meeting_address(peers, own))
+        except RendezvousError as exc:
+            failure = Failure(context.rank, context.host, "meet", str(exc), time=time.time())
+            return context.rank, Outcome(failure=failure)
+        if server is not None:
+            server.admit(topology.meeting_address(peers, peer.partition) for peer in peers)
         environment = {
-            **_defaults(context),
-            **options.env,
+            **_settings(context, options),
             **topology.rank_environment(context),
-            **gloo_environment((meeting[0], int(meeting[1])), interface),
+            **gloo_environment(meeting, interface),
         }
         with _log_file(options, context) as log:
-            return context.rank, run_child(broadcast.value, context, environment, log, options.start_timeout_s)
+            return context.rank, child.run(broadcast.value, context, environment, log, options.start_timeout_s)
 
 
-def _meet(barrier: BarrierTaskContext, own: topology.Peer, error: str | None) -> tuple[list[topology.Peer], str | None]:
-    """Exchange places with all tasks; returns them and the first error that anybody has."""
-    found = [json.loads(text) for text in barrier.allGather(json.dumps({"peer": asdict(own), "error": error}))]
-    peers = [topology.Peer(**entry["peer"]) for entry in found]
-    error = next((entry["error"] for entry in found if entry["error"] is not None), None)
-    lost = topology.unreachable(peers)
-    if error is None and lost:
-        error = (
+def _peers(barrier: BarrierTaskContext) -> list[topology.Peer]:
+    """List the tasks by where Spark put them; at which addresses they can be reached is what they tell each other."""
+    hosts = [info.address.rpartition(":")[0] or "localhost" for info in barrier.getTaskInfos()]
+    return [topology.Peer(partition, host, "") for partition, host in enumerate(hosts)]
+
+
+def _settings(context: RankContext, options: LaunchOptions) -> dict[str, str]:
+    """Return the variables of a rank that are known before the tasks have met."""
+    return {**_defaults(context), **options.env}
+
+
+def _recipe(context: RankContext, options: LaunchOptions) -> Recipe:
+    # Horovod reads its variables when it starts, all others may be read by an import.
+    settings = _settings(context, options)
+    early = {name: value for name, value in settings.items() if not name.startswith("HOROVOD_")}
+    return recipe_of(early, options.preload)
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """What a task tells the others: its address, where ranks meet when it is the first rank, or what is wrong."""
+
+    address: str = ""
+    meeting: tuple[str, int] | None = None
+    error: str | None = None
+
+
+def _rendezvous(peers: list[topology.Peer], own: int) -> RendezvousServer:
+    """Make the server through which ranks find each other; it admits nobody yet."""
+    return RendezvousServer(topology.meeting_address(peers, own), (), len(peers))
+
+
+def _agreed(peers: list[topology.Peer], offers: list[_Offer]) -> tuple[list[topology.Peer], tuple[str, int]]:
+    """Return the tasks with their addresses, and where their ranks meet.
+
+    Raises
+    ------
+    RendezvousError
+        With the first error that any of the tasks has.
+    """
+    error = next((offer.error for offer in offers if offer.error is not None), None)
+    if error is not None:
+        raise RendezvousError(error)
+    known = [dataclasses.replace(peer, address=offer.address) for peer, offer in zip(peers, offers, strict=True)]
+    lost = topology.unreachable(known)
+    if lost:
+        raise RendezvousError(
             f"host {lost[0].host} offers only the loopback address {lost[0].address} to a job over several hosts; name"
             " an interface with nics=[…], or let the host's name resolve to its network address"
         )
-    return peers, error
+    host, port = next(offer.meeting for offer in offers if offer.meeting is not None)
+    return known, (host, port)
 
 
 def _defaults(context: RankContext) -> dict[str, str]:

@@ -1,36 +1,35 @@
 """One training process per barrier task: start it, listen to it, and never leave it behind.
 
-The process is ``python -m hvdspark.worker``, under a guard (:mod:`hvdspark.launch.guard`) that holds one end of a
-lifeline: when this side dies, for whatever reason, the guard sees the end of it and ends the process with all that it
-started. The work comes through standard input, the answers come back through a pipe of their own as frames; what the
-process prints goes to its log, and the last lines are kept for errors.
+The process is forked from a warm parent (:mod:`hvdspark.launch.pool`) or started cold
+(:mod:`hvdspark.launch.process`), before the task knows its peers. Either way it is under a guard
+(:mod:`hvdspark.launch.guard`) that holds one end of a lifeline: when this side dies, for whatever reason, the guard
+sees the end of it and ends the process with all that it started. The work comes through standard input, the answers
+come back through a pipe of their own as frames; what the process prints goes to its log, and the last lines are kept
+for errors.
 """
 
 from __future__ import annotations
 
 import collections
-import contextlib
 import logging
 import os
 import re
 import select
 import signal
 import struct
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import IO, Any, Literal
 
-from hvdspark.launch import guard
+from hvdspark.launch import pool
+from hvdspark.launch.process import ColdProcess, Recipe, TrainingProcess
 from hvdspark.plan import RankContext
 
 logger = logging.getLogger(__name__)
 
 FRAME = struct.Struct(">cQ")
-RESULT_FD = "HVDSPARK_RESULT_FD"
 READY, DONE, FAILED = b"R", b"D", b"F"
 
 TAIL_LINES = 50
@@ -84,106 +83,93 @@ class Outcome:
     failure: Failure | None = None
 
 
-def run_child(
-    payload: bytes,
-    context: RankContext,
-    environment: Mapping[str, str],
-    log: IO[bytes] | None,
-    start_timeout_s: float,
-) -> Outcome:
-    """Run a training process to its end.
+class Child:
+    """A training process that was started ahead of its work; a context manager, after which all of it is gone.
 
     Parameters
     ----------
-    payload
-        The pickled work, see :mod:`hvdspark.worker`.
-    context
-        The rank's place.
-    environment
-        Variables to add to this process's own.
-    log
-        Where its output goes, besides the tail that is kept.
-    start_timeout_s
-        Seconds until it must have begun its work.
+    recipe
+        What it is to be before it has work.
+    warm
+        Whether to take it from the warm pool.
     """
-    tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
-    with _process(environment, context, log, tail) as (process, answers):
-        _hand_over(process, payload)
-        frames = _Frames(answers, process, time.monotonic() + start_timeout_s)
-        answer = frames.final()
-        ended = time.time()
-        if not frames.timed_out:
-            # After its last answer the process has a moment to end on its own.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=10)
-    if answer is not None and answer[0] == DONE:
-        return Outcome(result=answer[1])
-    kind: Any
-    if answer is not None:
-        kind, error, details = answer[1].decode(errors="replace").split("\0", 2)
-    else:
-        kind = "died" if frames.ready else "late" if frames.timed_out else "start"
-        error, details = _describe_end(process.returncode, frames, start_timeout_s), ""
-    if log is not None:
-        _write_lines(log, context, [error, *details.splitlines()])
-    return Outcome(failure=Failure(context.rank, context.host, kind, error, details, "\n".join(tail), ended))
 
+    def __init__(self, recipe: Recipe, *, warm: bool) -> None:
+        self._recipe = recipe
+        # Where there is nothing to import, there is nothing to keep either.
+        pooled = pool.take(recipe) if warm and recipe.modules else None
+        self._process: TrainingProcess = pooled or ColdProcess(recipe)
 
-@contextlib.contextmanager
-def _process(
-    environment: Mapping[str, str], context: RankContext, log: IO[bytes] | None, tail: collections.deque[str]
-) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """Start the process under its guard; both, and all that the process started, are gone when the block ends."""
-    lifeline_end, lifeline = os.pipe()
-    answers, answers_end = os.pipe()
-    process = subprocess.Popen(
-        [sys.executable, "-I", "-S", guard.__file__, str(lifeline_end), sys.executable, "-m", "hvdspark.worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={**_environment(), **environment, RESULT_FD: str(answers_end)},
-        pass_fds=[lifeline_end, answers_end],
-        start_new_session=True,
-    )
-    os.close(lifeline_end)
-    os.close(answers_end)
-    assert process.stdout is not None
-    pump = threading.Thread(target=_pump, args=(process.stdout, context, log, tail), daemon=True)
-    pump.start()
-    try:
-        yield process, answers
-    finally:
-        # Closing the lifeline makes the guard kill what is left; it returns when all of it is gone.
-        os.close(lifeline)
-        process.wait()
-        pump.join()
-        os.close(answers)
-        for stream in (process.stdin, process.stdout):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
+    def __enter__(self) -> Child:
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        self._process.end()
 
-def _environment() -> dict[str, str]:
-    """Return this process's variables, with the imports that Spark arranged for it."""
-    # What Spark put on this interpreter's path (--py-files, addPyFile) must be importable there too.
-    path = os.pathsep.join(entry for entry in sys.path if entry)
-    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    def run(
+        self,
+        payload: bytes,
+        context: RankContext,
+        environment: Mapping[str, str],
+        log: IO[bytes] | None,
+        start_timeout_s: float,
+    ) -> Outcome:
+        """Give the process its work and wait for its end.
 
+        Parameters
+        ----------
+        payload
+            The pickled work, see :mod:`hvdspark.worker`.
+        context
+            The rank's place.
+        environment
+            Variables to add to the recipe's.
+        log
+            Where its output goes, besides the tail that is kept.
+        start_timeout_s
+            Seconds until it must have begun its work.
+        """
+        deadline = time.monotonic() + start_timeout_s
+        process = self._confirmed(context, start_timeout_s / 2)
+        tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
+        pump = threading.Thread(target=_pump, args=(process.output, context, log, tail), daemon=True)
+        pump.start()
+        try:
+            process.hand_over(environment, payload)
+            frames = _Frames(process, deadline)
+            answer = frames.final()
+            ended = time.time()
+            if not frames.timed_out:
+                # After its last answer the process has a moment to end on its own.
+                process.wait(10)
+        finally:
+            process.end()
+            pump.join()
+        if answer is not None and answer[0] == DONE:
+            return Outcome(result=answer[1])
+        kind: Any
+        if answer is not None:
+            kind, error, details = answer[1].decode(errors="replace").split("\0", 2)
+        else:
+            kind, error, details = _describe_end(process.wait(), frames, start_timeout_s)
+        if log is not None:
+            _write_lines(log, context, [error, *details.splitlines()])
+        return Outcome(failure=Failure(context.rank, context.host, kind, error, details, "\n".join(tail), ended))
 
-def _hand_over(process: subprocess.Popen[bytes], payload: bytes) -> None:
-    """Send the work. A process that is gone already shows by its missing answer."""
-    assert process.stdin is not None
-    with contextlib.suppress(OSError):
-        process.stdin.write(struct.pack(">Q", len(payload)) + payload)
-        process.stdin.close()
+    def _confirmed(self, context: RankContext, timeout_s: float) -> TrainingProcess:
+        """Return a process that is certainly there: a pool that fails costs time, never the fit."""
+        if not self._process.is_there(timeout_s):
+            logger.warning("[%s] the warm pool gave no training process; starting a cold one", context)
+            self._process.end()
+            self._process = ColdProcess(self._recipe)
+        return self._process
 
 
 class _Frames:
     """The answers of a process, as they arrive."""
 
-    def __init__(self, descriptor: int, process: subprocess.Popen[bytes], deadline: float) -> None:
-        self._descriptor = descriptor
+    def __init__(self, process: TrainingProcess, deadline: float) -> None:
+        self._descriptor = process.answers
         self._process = process
         self._deadline = deadline
         self._buffer = b""
@@ -217,21 +203,21 @@ class _Frames:
                 if not chunk:
                     return None
                 self._buffer += chunk
-            elif self._process.poll() is not None:
+            elif self._process.wait(0) is not None:
                 return None
 
 
-def _describe_end(code: int | None, frames: _Frames, start_timeout_s: float) -> str:
+def _describe_end(code: int | None, frames: _Frames, start_timeout_s: float) -> tuple[FailureKind, str, str]:
+    """Say what became of a process that gave no answer: kind, error, details."""
     if frames.timed_out:
-        return (
-            f"the training process did not begin within {start_timeout_s:g} s; a slow disk or a busy host can be the"
-            " cause: raise start_timeout"
-        )
+        late = f"the training process did not begin within {start_timeout_s:g} s"
+        return "late", f"{late}; a slow disk or a busy host can be the cause: raise start_timeout", ""
+    kind: FailureKind = "died" if frames.ready else "start"
     if code is not None and code < 0:
         name = signal.Signals(-code).name
         hint = " (the system's out-of-memory killer sends this)" if -code == signal.SIGKILL else ""
-        return f"the training process was killed by {name}{hint}"
-    return f"the training process ended with exit code {code} before it gave a result"
+        return kind, f"the training process was killed by {name}{hint}", ""
+    return kind, f"the training process ended with exit code {code} before it gave a result", ""
 
 
 def _pump(stream: IO[bytes], context: RankContext, log: IO[bytes] | None, tail: collections.deque[str]) -> None:

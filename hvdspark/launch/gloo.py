@@ -43,6 +43,10 @@ class RendezvousServer:
         host, port = self._server.server_address[:2]
         return str(host), int(port)
 
+    def admit(self, members: Iterable[str]) -> None:
+        """Let these IP addresses connect, instead of those given first."""
+        self._server.members = frozenset(members)
+
     def __enter__(self) -> RendezvousServer:
         self._thread.start()
         return self

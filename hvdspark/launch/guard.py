@@ -1,8 +1,9 @@
 """Stands between a barrier task and its training process, so that neither leaves anything behind.
 
 It starts the process, and when that ends or the task dies it kills every descendant, also those that left the process
-group or whose parents are gone (they become this process's children, because it is their subreaper). It is run as a
-script on a bare interpreter, so that it costs milliseconds, and it runs no native code in which it could get stuck.
+group or whose parents are gone (they become this process's children, because it is their subreaper). For a process of
+its own it is run as a script on a bare interpreter, so that it costs milliseconds, and it runs no native code in which
+it could get stuck; a fork of a warm parent calls :func:`stand_guard`.
 
 Usage: ``python -I -S guard.py LIFELINE COMMAND …``, where ``LIFELINE`` is a descriptor that the task holds open at its
 other end. It ends as the process ended: with its exit code, or by the same signal.
@@ -16,6 +17,7 @@ import resource
 import select
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,15 +28,38 @@ _PR_SET_CHILD_SUBREAPER = 36
 def main() -> NoReturn:
     """Run the command until it ends or the lifeline does."""
     lifeline, command = int(sys.argv[1]), sys.argv[2:]
+    _end_like(stand_guard(lambda: os.execv(command[0], command), lifeline))
+
+
+def stand_guard(work: Callable[[], object], lifeline: int, handed_over: tuple[int, ...] = ()) -> int:
+    """Do the work in a child until it ends or the lifeline does; nothing that it started is left then.
+
+    Parameters
+    ----------
+    work
+        What the child does. It ends the child itself; one that returns or raises ends with code 127.
+    lifeline
+        A descriptor whose other end the task holds open.
+    handed_over
+        Descriptors that belong to the child from now on.
+
+    Returns
+    -------
+    int
+        The child's wait status.
+    """
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     # A child's end writes to this pipe, so that one poll() waits for both.
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake)
     signal.signal(signal.SIGCHLD, lambda *_: None)
+    guard = os.getpid()
     child = os.fork()
     if child == 0:
-        _become(command)
+        _work(work, guard, (lifeline, woken, wake))
+    for descriptor in handed_over:
+        os.close(descriptor)
     poll = select.poll()
     poll.register(lifeline, select.POLLIN | select.POLLHUP)
     poll.register(woken, select.POLLIN)
@@ -44,20 +69,32 @@ def main() -> NoReturn:
         if woken in ready:
             os.read(woken, 4096)
             status = _reap(child)
-        if lifeline in ready and not os.read(lifeline, 4096):
+        if lifeline in ready and not _is_held(lifeline):
             break
-    status = _kill_all(child, status)
-    _end_like(status)
+    return _kill_all(child, status)
 
 
-def _become(command: list[str]) -> NoReturn:
-    """In the child: turn into the training process."""
-    # Should this guard be killed itself, the process must not outlive it.
+def _work(work: Callable[[], object], guard: int, not_its_own: tuple[int, ...]) -> NoReturn:
+    """In the child: do the work as a process that knows nothing of its guard."""
+    # Should the guard be killed itself, the process must not outlive it.
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
-        os.execv(command[0], command)
+        if os.getppid() == guard:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for descriptor in not_its_own:
+                os.close(descriptor)
+            work()
     finally:
         os._exit(127)
+
+
+def _is_held(lifeline: int) -> bool:
+    """Whether the task still holds its end."""
+    try:
+        return bool(os.read(lifeline, 4096))
+    except OSError:
+        return False
 
 
 def _prctl(option: int, value: int) -> None:

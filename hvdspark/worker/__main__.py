@@ -1,100 +1,11 @@
-"""Entry of the training process: read the job, run it, answer."""
+"""Entry of a training process of its own: ``python -m hvdspark.worker ANSWERS MODULE …``."""
 
 from __future__ import annotations
 
-import atexit
-import logging
-import os
-import struct
 import sys
-import traceback
-from pathlib import Path
-from typing import BinaryIO, NoReturn
 
-import cloudpickle
-
-from hvdspark.launch.child import DONE, FAILED, FRAME, READY, RESULT_FD
-
-# What horovod raises in a rank whose peers are gone; named, so that horovod need not be imported to know it.
-_PEER_ERRORS = frozenset({"HorovodInternalError", "HostsUpdatedInterrupt"})
-# TensorFlow wraps the same into its own errors.
-_PEER_MARKS = (
-    "Horovod has been shut down",
-    "HorovodAllreduce",
-    "HorovodAllgather",
-    "HorovodBroadcast",
-    "HorovodGroupedAllreduce",
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Timed out waiting",
-)
-
-
-def main() -> NoReturn:
-    """Run the job that comes through standard input and end the process."""
-    payload = _read_exactly(sys.stdin.buffer, struct.unpack(">Q", _read_exactly(sys.stdin.buffer, 8))[0])
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    _finish(_run(payload))
-
-
-def _run(payload: bytes) -> bool:
-    try:
-        job = cloudpickle.loads(payload)
-        _answer(READY)
-        result = cloudpickle.dumps(job.call())
-    except BaseException as exc:  # noqa: BLE001 - whatever it is, the driver must hear of it
-        kind = "peer" if _is_peer_error(exc) else "user"
-        _answer(FAILED, "\0".join((kind, _one_line(exc), _users_traceback(exc))).encode())
-        return False
-    _answer(DONE, result)
-    return True
-
-
-def _answer(status: bytes, body: bytes = b"") -> None:
-    view = memoryview(FRAME.pack(status, len(body)) + body)
-    descriptor = int(os.environ[RESULT_FD])
-    while view:
-        view = view[os.write(descriptor, view) :]
-
-
-def _is_peer_error(exc: BaseException) -> bool:
-    names = {cls.__name__ for cls in type(exc).__mro__}
-    if names & _PEER_ERRORS:
-        return True
-    is_framework_error = any(cls.__module__.startswith("tensorflow") for cls in type(exc).__mro__)
-    return is_framework_error and any(mark in str(exc) for mark in _PEER_MARKS)
-
-
-def _users_traceback(exc: BaseException) -> str:
-    """Format the traceback from the user's first frame on."""
-    found = traceback.TracebackException.from_exception(exc)
-    own = Path(__file__).parent
-    kept = [frame for frame in found.stack if Path(frame.filename).parent != own]
-    found.stack = traceback.StackSummary.from_list(kept)
-    return "".join(found.format())
-
-
-def _one_line(exc: BaseException) -> str:
-    message = str(exc).strip().splitlines()
-    return f"{type(exc).__name__}: {message[0]}" if message else type(exc).__name__
-
-
-def _finish(succeeded: bool) -> NoReturn:
-    """End at once. Interpreter teardown can hang in native threads that wait for peers which are gone."""
-    if succeeded:
-        atexit._run_exitfuncs()
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0 if succeeded else 1)
-
-
-def _read_exactly(stream: BinaryIO, count: int) -> bytes:
-    data = stream.read(count)
-    if len(data) != count:
-        os._exit(1)  # the task is gone; there is nobody to tell
-    return data
-
+from hvdspark.worker.rank import preload, serve
 
 if __name__ == "__main__":
-    main()
+    preload(sys.argv[2:])
+    serve(int(sys.argv[1]))

@@ -25,6 +25,11 @@ class Job:
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """What to import ahead of the call: the module of a target that is given by address."""
+        return (self.target.partition(":")[0],) if isinstance(self.target, str) else ()
+
     def call(self) -> Any:
         """Make the call."""
         target = self.target

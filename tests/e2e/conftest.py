@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator
@@ -41,6 +42,9 @@ def spark(request: pytest.FixtureRequest, _environment: None) -> Iterator[SparkS
     session.sparkContext.setLogLevel("OFF")
     yield session
     session.stop()
+    # The warm pool lives as long as the executors, and no longer.
+    _, alive = psutil.wait_procs(warm_parents(), timeout=10)
+    assert alive == []
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -56,17 +60,29 @@ def store(tmp_path: Path) -> Store:
     return Store.create(tmp_path / "store")
 
 
+def own_processes() -> Iterator[tuple[psutil.Process, list[str]]]:
+    """Go through the processes of this interpreter with their command lines, those whose parents are gone included."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            command = process.cmdline()
+            if command[:1] == [sys.executable]:
+                yield process, command
+
+
 def training_processes() -> list[psutil.Process]:
-    """List the training processes and guards below this one."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            command = " ".join(process.cmdline())
-        except psutil.NoSuchProcess:
-            continue
-        if "hvdspark.worker" in command or "hvdspark/launch/guard.py" in command:
-            found.append(process)
-    return found
+    """List the training processes and guards of this interpreter, cold and warm ones."""
+    return [
+        process
+        for process, command in own_processes()
+        if process.name() in ("hvdspark-rank", "hvdspark-guard")
+        or "hvdspark.worker" in command
+        or any(part.endswith("hvdspark/launch/guard.py") for part in command)
+    ]
+
+
+def warm_parents() -> list[psutil.Process]:
+    """List the warm pool's parents, which stay for the next fit."""
+    return [process for process, command in own_processes() if "hvdspark.worker.warm" in command[:3]]
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The training process: its answer, its death and its output, with real processes."""
+"""The training process: its answer, its death and its output, with real processes, cold and from the warm pool."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +17,45 @@ import cloudpickle
 import psutil
 import pytest
 
-from hvdspark.launch.child import Outcome, run_child
+from hvdspark.launch import pool
+from hvdspark.launch.child import Child, Outcome
+from hvdspark.launch.process import recipe_of
 from hvdspark.plan import RankContext
 from hvdspark.worker.job import Job
 
 CONTEXT = RankContext(rank=1, size=2, local_rank=1, local_size=2, cross_rank=0, cross_size=1, host="here")
 
 
-def run(function: Any, *args: Any, log: io.BytesIO | None = None, start_timeout_s: float = 60) -> Outcome:
-    payload = cloudpickle.dumps(Job(function, args))
-    return run_child(payload, CONTEXT, {"MARK": "set"}, log, start_timeout_s)
+@pytest.fixture(autouse=True, params=["cold", "warm"])
+def start(request: pytest.FixtureRequest) -> str:
+    """How the process is started: all that is true of one is true of the other."""
+    return str(request.param)
 
 
-def test_the_result_comes_back_with_its_environment() -> None:
-    outcome = run(lambda x: (x, os.environ["MARK"]), 7)
+@pytest.fixture
+def run(start: str) -> Callable[..., Outcome]:
+    def call(function: Any, *args: Any, log: io.BytesIO | None = None, start_timeout_s: float = 60) -> Outcome:
+        payload = cloudpickle.dumps(Job(function, args))
+        own = {"MARK": "set", pool.IDLE_TIMEOUT: "5"}
+        with Child(recipe_of(own, ("json",)), warm=start == "warm") as child:
+            return child.run(payload, CONTEXT, {"PLACE": "told"}, log, start_timeout_s)
+
+    return call
+
+
+def test_the_result_comes_back_with_its_environment(run: Callable[..., Outcome]) -> None:
+    outcome = run(lambda x: (x, os.environ["MARK"], os.environ["PLACE"]), 7)
     assert outcome.result is not None
-    assert cloudpickle.loads(outcome.result) == (7, "set")
+    assert cloudpickle.loads(outcome.result) == (7, "set", "told")
 
 
-def test_a_large_payload_and_a_large_result_pass() -> None:
+def test_a_large_payload_and_a_large_result_pass(run: Callable[..., Outcome]) -> None:
     outcome = run(lambda data: data[::-1], b"ab" * 5_000_000)
     assert outcome.result is not None
     assert cloudpickle.loads(outcome.result) == b"ba" * 5_000_000
 
 
-def test_a_user_error_comes_back_with_type_message_traceback_and_last_lines() -> None:
+def test_a_user_error_comes_back_with_type_message_traceback_and_last_lines(run: Callable[..., Outcome]) -> None:
     def broken() -> None:
         print("WARNING: All log messages before absl::InitializeLog() is called are written to STDERR")
         print("before the error")
@@ -55,7 +70,7 @@ def test_a_user_error_comes_back_with_type_message_traceback_and_last_lines() ->
     assert failure.log_tail == "before the error"
 
 
-def test_a_lost_peer_is_told_from_an_error_of_the_users_own() -> None:
+def test_a_lost_peer_is_told_from_an_error_of_the_users_own(run: Callable[..., Outcome]) -> None:
     class HorovodInternalError(RuntimeError):
         pass
 
@@ -67,20 +82,20 @@ def test_a_lost_peer_is_told_from_an_error_of_the_users_own() -> None:
     assert failure.kind == "peer"
 
 
-def test_a_killed_process_is_named_by_its_signal() -> None:
+def test_a_killed_process_is_named_by_its_signal(run: Callable[..., Outcome]) -> None:
     failure = run(lambda: os.kill(os.getpid(), signal.SIGKILL)).failure
     assert failure is not None
     assert failure.kind == "died"
     assert "SIGKILL" in failure.error
 
 
-def test_an_exit_without_an_answer_is_named_by_its_code() -> None:
+def test_an_exit_without_an_answer_is_named_by_its_code(run: Callable[..., Outcome]) -> None:
     failure = run(lambda: os._exit(3)).failure
     assert failure is not None
     assert "exit code 3" in failure.error
 
 
-def test_a_process_that_does_not_begin_in_time_is_ended() -> None:
+def test_a_process_that_does_not_begin_in_time_is_ended(run: Callable[..., Outcome]) -> None:
     started = time.monotonic()
     failure = run(lambda: None, start_timeout_s=0.01).failure
     assert failure is not None
@@ -89,13 +104,15 @@ def test_a_process_that_does_not_begin_in_time_is_ended() -> None:
     assert time.monotonic() - started < 30
 
 
-def test_output_goes_to_the_log_with_the_rank_before_each_line() -> None:
+def test_output_goes_to_the_log_with_the_rank_before_each_line(run: Callable[..., Outcome]) -> None:
     log = io.BytesIO()
     run(lambda: print("first\nsecond"), log=log)
     assert log.getvalue().decode().splitlines() == ["[rank 1/2 here] first", "[rank 1/2 here] second"]
 
 
-def test_a_log_that_cannot_be_written_does_not_stop_the_work(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_log_that_cannot_be_written_does_not_stop_the_work(
+    run: Callable[..., Outcome], caplog: pytest.LogCaptureFixture
+) -> None:
     class Full(io.BytesIO):
         def writelines(self, lines: Any) -> None:
             raise OSError(28, "No space left on device")
@@ -104,7 +121,7 @@ def test_a_log_that_cannot_be_written_does_not_stop_the_work(caplog: pytest.LogC
     assert "cannot write the log" in caplog.text
 
 
-def test_what_the_process_started_ends_with_it() -> None:
+def test_what_the_process_started_ends_with_it(run: Callable[..., Outcome]) -> None:
     def leave_a_grandchild() -> int:
         return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True).pid
 
@@ -114,14 +131,15 @@ def test_what_the_process_started_ends_with_it() -> None:
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
-def test_the_process_dies_when_its_task_is_killed(tmp_path: Path) -> None:
+def test_the_process_dies_when_its_task_is_killed(tmp_path: Path, start: str) -> None:
     """The task is a process of its own here, because it is killed the hard way."""
     script = tmp_path / "task.py"
     pids = tmp_path / "pids"
     script.write_text(
         textwrap.dedent(f"""
         import cloudpickle
-        from hvdspark.launch.child import run_child
+        from hvdspark.launch.child import Child
+        from hvdspark.launch.process import recipe_of
         from hvdspark.plan import RankContext
         from hvdspark.worker.job import Job
 
@@ -134,7 +152,8 @@ def test_the_process_dies_when_its_task_is_killed(tmp_path: Path) -> None:
             time.sleep(600)
 
         context = RankContext(0, 1, 0, 1, 0, 1, "here")
-        run_child(cloudpickle.dumps(Job(work)), context, {{}}, None, 60)
+        with Child(recipe_of({{}}, ("json",)), warm={start == "warm"}) as child:
+            child.run(cloudpickle.dumps(Job(work)), context, {{}}, None, 60)
         """)
     )
     task = subprocess.Popen([sys.executable, str(script)])

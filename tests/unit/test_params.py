@@ -52,6 +52,7 @@ GOOD: dict[str, tuple[Any, Any]] = {
     "cache": ("disk", "disk"),
     "inmemory_cache_all": (True, True),
     "use_gpu": (False, False),
+    "warm_pool": (False, False),
     "controller": ("gloo", "gloo"),
     "start_timeout": (30, 30.0),
     "nics": (("lo",), ["lo"]),
@@ -187,7 +188,11 @@ BAD: list[tuple[str, Any, str]] = [
         for name in ("learning_rate", "start_timeout")
         for value in (0, -0.1, "x", math.nan)
     ],
-    *[(name, value, "True or False") for name in ("shuffle", "use_gpu", "scale_learning_rate") for value in (1, "yes")],
+    *[
+        (name, value, "True or False")
+        for name in ("shuffle", "use_gpu", "warm_pool", "scale_learning_rate")
+        for value in (1, "yes")
+    ],
     ("random_seed", "x", "an integer"),
     ("random_seed", 1.5, "an integer"),
     ("verbose", "loud", "an integer"),

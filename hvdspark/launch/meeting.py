@@ -1,0 +1,137 @@
+"""How the tasks of a barrier stage tell each other something: every task gives a text, and gets those of all.
+
+Spark's ``allGather`` does that everywhere, but a task that waits in it looks for the answer once in a second. Where
+all tasks are on one host they meet at a Unix socket instead, which takes milliseconds. Its name is a nonce of the
+driver's, and only processes of the same user are let in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import time
+from typing import TYPE_CHECKING
+
+from hvdspark.errors import RendezvousError
+from hvdspark.launch.pool import is_own
+
+if TYPE_CHECKING:
+    from pyspark import BarrierTaskContext
+
+_RETRY_S = 0.005
+
+
+def gather(barrier: BarrierTaskContext, text: str, nonce: str, timeout_s: float) -> list[str]:
+    """Exchange texts with all tasks of the stage.
+
+    Parameters
+    ----------
+    barrier
+        This task's context.
+    text
+        What this task has to say.
+    nonce
+        A name that no other stage uses.
+    timeout_s
+        Seconds to wait for the other tasks, where they are all on one host.
+
+    Returns
+    -------
+    list of str
+        By partition.
+
+    Raises
+    ------
+    RendezvousError
+        When a task of the same host does not come in time.
+    """
+    places = barrier.getTaskInfos()
+    if len({place.address.rpartition(":")[0] for place in places}) > 1:
+        return list(barrier.allGather(text))
+    name = f"hvdspark-{nonce}-{barrier.stageId()}-{barrier.attemptNumber()}"
+    return gather_here(name, barrier.partitionId(), len(places), text, timeout_s)
+
+
+def gather_here(name: str, own: int, count: int, text: str, timeout_s: float) -> list[str]:
+    """Exchange texts with the other processes of this host that use the same name.
+
+    Parameters
+    ----------
+    name
+        Name of the meeting.
+    own, count
+        This process's number, from 0, and how many there are.
+    text
+        What this process has to say.
+    timeout_s
+        Seconds to wait for the others.
+
+    Returns
+    -------
+    list of str
+        By number.
+
+    Raises
+    ------
+    RendezvousError
+        When the others do not come in time.
+    """
+    deadline = time.monotonic() + timeout_s
+    # An abstract name, as Linux has them: it needs no file and is seen where the loopback is the same.
+    address = f"\0{name}"
+    try:
+        return _receive_all(address, count, text, deadline) if own == 0 else _send(address, own, text, deadline)
+    except (OSError, ValueError) as exc:
+        raise RendezvousError(f"the tasks of this host did not find each other within {timeout_s:g} s: {exc}") from exc
+
+
+def _receive_all(address: str, count: int, text: str, deadline: float) -> list[str]:
+    """Collect the texts of all others, then tell everybody."""
+    found = {0: text}
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        listener.bind(address)
+        listener.listen(count)
+        streams = []
+        while len(found) < count:
+            listener.settimeout(_left(deadline))
+            connection = stack.enter_context(listener.accept()[0])
+            if not is_own(connection):
+                continue
+            connection.settimeout(_left(deadline))
+            stream = stack.enter_context(connection.makefile("rw", encoding="utf-8"))
+            number, said = json.loads(stream.readline())
+            found[number] = said
+            streams.append(stream)
+        texts = [found[number] for number in range(count)]
+        for stream in streams:
+            stream.write(json.dumps(texts) + "\n")
+            stream.flush()
+    return texts
+
+
+def _send(address: str, own: int, text: str, deadline: float) -> list[str]:
+    """Say one's own, and hear that of all."""
+    while True:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(_left(deadline))
+            try:
+                connection.connect(address)
+            except ConnectionRefusedError:
+                time.sleep(_RETRY_S)  # the first task is not there yet
+                continue
+            if not is_own(connection):
+                raise PermissionError("another user is listening in the first task's place")
+            with connection.makefile("rw", encoding="utf-8") as stream:
+                stream.write(json.dumps([own, text]) + "\n")
+                stream.flush()
+                texts: list[str] = json.loads(stream.readline())
+                return texts
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("time is up")
+    return left

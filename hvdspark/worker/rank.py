@@ -1,0 +1,125 @@
+"""A rank: take the variables of its place and the job, run it, answer, end.
+
+It reads standard input to get them, each as a block of bytes after its length: the variables as a JSON object, then
+the pickled :class:`~hvdspark.worker.job.Job`. It answers by frames through a pipe of its own.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import importlib
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO, NoReturn
+
+import cloudpickle
+
+from hvdspark.launch.child import DONE, FAILED, FRAME, READY
+from hvdspark.launch.process import BLOCK
+
+# What horovod raises in a rank whose peers are gone; named, so that horovod need not be imported to know it.
+_PEER_ERRORS = frozenset({"HorovodInternalError", "HostsUpdatedInterrupt"})
+# TensorFlow wraps the same into its own errors.
+_PEER_MARKS = (
+    "Horovod has been shut down",
+    "HorovodAllreduce",
+    "HorovodAllgather",
+    "HorovodBroadcast",
+    "HorovodGroupedAllreduce",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Timed out waiting",
+)
+
+
+def preload(modules: Iterable[str]) -> None:
+    """Import modules that the job will need."""
+    # Imports make objects that stay. Looking for garbage among them takes a fifth of the time and finds none; neither
+    # shall later collections look at them, which would also copy the pages that forks share.
+    gc.disable()
+    for name in modules:
+        importlib.import_module(name)
+    gc.freeze()
+    gc.enable()
+
+
+def serve(answers: int) -> NoReturn:
+    """Run the job that comes through standard input and end the process.
+
+    Parameters
+    ----------
+    answers
+        The descriptor through which to answer.
+    """
+    os.environ.update(json.loads(_read_block(sys.stdin.buffer)))
+    payload = _read_block(sys.stdin.buffer)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    _finish(_run(payload, answers))
+
+
+def _run(payload: bytes, answers: int) -> bool:
+    try:
+        job = cloudpickle.loads(payload)
+        _answer(answers, READY)
+        result = cloudpickle.dumps(job.call())
+    except BaseException as exc:  # noqa: BLE001 - whatever it is, the driver must hear of it
+        kind = "peer" if _is_peer_error(exc) else "user"
+        _answer(answers, FAILED, "\0".join((kind, _one_line(exc), _users_traceback(exc))).encode())
+        return False
+    _answer(answers, DONE, result)
+    return True
+
+
+def _answer(descriptor: int, status: bytes, body: bytes = b"") -> None:
+    view = memoryview(FRAME.pack(status, len(body)) + body)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _is_peer_error(exc: BaseException) -> bool:
+    names = {cls.__name__ for cls in type(exc).__mro__}
+    if names & _PEER_ERRORS:
+        return True
+    is_framework_error = any(cls.__module__.startswith("tensorflow") for cls in type(exc).__mro__)
+    return is_framework_error and any(mark in str(exc) for mark in _PEER_MARKS)
+
+
+def _users_traceback(exc: BaseException) -> str:
+    """Format the traceback from the user's first frame on."""
+    found = traceback.TracebackException.from_exception(exc)
+    own = Path(__file__).parent
+    kept = [frame for frame in found.stack if Path(frame.filename).parent != own]
+    found.stack = traceback.StackSummary.from_list(kept)
+    return "".join(found.format())
+
+
+def _one_line(exc: BaseException) -> str:
+    message = str(exc).strip().splitlines()
+    return f"{type(exc).__name__}: {message[0]}" if message else type(exc).__name__
+
+
+def _finish(succeeded: bool) -> NoReturn:
+    """End at once. Interpreter teardown can hang in native threads that wait for peers which are gone."""
+    if succeeded:
+        atexit._run_exitfuncs()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0 if succeeded else 1)
+
+
+def _read_block(stream: BinaryIO) -> bytes:
+    return _read_exactly(stream, BLOCK.unpack(_read_exactly(stream, BLOCK.size))[0])
+
+
+def _read_exactly(stream: BinaryIO, count: int) -> bytes:
+    data = stream.read(count)
+    if len(data) != count:
+        os._exit(1)  # the task is gone; there is nobody to tell
+    return data
