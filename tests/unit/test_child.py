@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,14 @@ from hvdspark.worker.job import Job
 CONTEXT = RankContext(rank=1, size=2, local_rank=1, local_size=2, cross_rank=0, cross_size=1, host="here")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _pool_ends_with_these_tests() -> Iterator[None]:
+    yield
+    for parent in pool._started:
+        parent.kill()
+        parent.wait()
+
+
 @pytest.fixture(autouse=True, params=["cold", "warm"])
 def start(request: pytest.FixtureRequest) -> str:
     """How the process is started: all that is true of one is true of the other."""
@@ -36,8 +44,7 @@ def start(request: pytest.FixtureRequest) -> str:
 def run(start: str) -> Callable[..., Outcome]:
     def call(function: Any, *args: Any, log: io.BytesIO | None = None, start_timeout_s: float = 60) -> Outcome:
         payload = cloudpickle.dumps(Job(function, args))
-        own = {"MARK": "set", pool.IDLE_TIMEOUT: "5"}
-        with Child(recipe_of(own, ("json",)), warm=start == "warm") as child:
+        with Child(recipe_of({"MARK": "set"}, ("json",)), warm=start == "warm") as child:
             return child.run(payload, CONTEXT, {"PLACE": "told"}, log, start_timeout_s)
 
     return call
