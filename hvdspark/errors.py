@@ -19,6 +19,7 @@
     │   ├── RendezvousError
     │   └── LaunchTimeoutError
     ├── WorkerFailedError             a rank failed while it ran
+    ├── PeerLostError                 within a rank: another one is gone
     └── ModelFormatError              a model or estimator cannot be saved or loaded
 
 Each message says what happened, the value that was found, and what to do about it. Fields are keyword
@@ -212,6 +213,10 @@ class WorkerFailedError(HvdSparkError):
     failures: Mapping[int, str]
     root_cause: int
     log_tail: str
+
+
+class PeerLostError(HvdSparkError):
+    """A rank that others wait for has ended or does not answer; what ended it is the cause, not this."""
 
 
 class ModelFormatError(HvdSparkError):

@@ -23,8 +23,8 @@ import cloudpickle
 from hvdspark.launch.child import DONE, FAILED, FRAME, READY
 from hvdspark.launch.process import BLOCK
 
-# What horovod raises in a rank whose peers are gone; named, so that horovod need not be imported to know it.
-_PEER_ERRORS = frozenset({"HorovodInternalError", "HostsUpdatedInterrupt"})
+# What a rank whose peers are gone raises; named, so that horovod need not be imported to know it.
+_PEER_ERRORS = frozenset({"HorovodInternalError", "HostsUpdatedInterrupt", "PeerLostError"})
 # TensorFlow wraps the same into its own errors.
 _PEER_MARKS = (
     "Horovod has been shut down",
@@ -35,6 +35,7 @@ _PEER_MARKS = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Timed out waiting",
+    "PeerLostError",
 )
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import socket
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +15,15 @@ import numpy.typing as npt
 
 from hvdspark.errors import RendezvousError
 from hvdspark.plan import RankContext
+from hvdspark.worker.shared_sum import CHUNK_BYTES, SharedSum
+
+# Horovod's thread asks the peers in every cycle for collectives; with its usual 1 ms that takes a quarter of a core.
+_CYCLE_TIME = "HOROVOD_CYCLE_TIME"
+_RESTING_CYCLE_MS = "50"
+
+# Python's own 5 ms are how long a thread that computes keeps others from the interpreter: the one that is to put the
+# gradients into the shared memory, for which all peers wait, behind one that reads rows.
+_SWITCH_INTERVAL_S = 1e-4
 
 
 def context_from_environment() -> RankContext:
@@ -43,6 +54,7 @@ class Session:
     def __init__(self, hvd: Any, context: RankContext) -> None:
         self.hvd = hvd
         self.context = context
+        self._shared: SharedSum | None = None
 
     @property
     def is_first(self) -> bool:
@@ -61,11 +73,56 @@ class Session:
         """
         if self.context.size == 1 or not len(values):
             return values
+        if self._shared is not None:
+            return self._shared.add([values])[0]
         return np.asarray(self.hvd.allreduce(values, op=self.hvd.Sum, name=name))
 
     def any(self, flag: bool, name: str) -> bool:
         """Whether the flag is set on any rank."""
         return bool(self.sum(np.array([float(flag)]), name)[0] > 0)
+
+    def open_shared_sum(self, chunk_bytes: int = CHUNK_BYTES) -> SharedSum:
+        """Open memory that all ranks, being on one host, share.
+
+        Raises
+        ------
+        OSError
+            On all ranks when it failed on any.
+        """
+        own = np.frombuffer(secrets.token_bytes(16), np.uint8).astype(np.float64)
+        token = self.sum(own if self.is_first else np.zeros_like(own), "hvdspark_address").astype(np.uint8).tobytes()
+        shared, error = None, None
+        try:
+            shared = SharedSum(f"hvdspark-{token.hex()}", self.context.rank, self.context.size, chunk_bytes)
+        except OSError as exc:
+            error = exc
+        failed = self.any(error is not None, "hvdspark_shared_memory")
+        if shared is not None and not failed:
+            return shared
+        if shared is not None:
+            shared.close()
+        raise OSError(f"the ranks cannot share memory: {error or 'another rank could not open it'}") from error
+
+    def rely_on(self, shared: SharedSum) -> None:
+        """Make sums in shared memory from now on, and let Horovod, which stays at hand for the user's own code, rest.
+
+        Horovod takes its cycle time when it starts; so it starts again. It cannot do that under MPI.
+        """
+        self._shared = shared
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        if _CYCLE_TIME not in os.environ and os.environ.get("HOROVOD_CONTROLLER") == "gloo":
+            self.hvd.shutdown()
+            os.environ[_CYCLE_TIME] = _RESTING_CYCLE_MS
+            try:
+                self.hvd.init()
+            finally:
+                del os.environ[_CYCLE_TIME]
+
+    def close(self) -> None:
+        """End the session, Horovod included."""
+        if self._shared is not None:
+            self._shared.close()
+        self.hvd.shutdown()
 
 
 @contextlib.contextmanager
@@ -88,5 +145,6 @@ def horovod_session(hvd: Any) -> Iterator[Session]:
             f"Horovod came up as (rank, size, local rank, local size) {found}, but the launcher gave {expected}; is"
             " another launcher's environment set?"
         )
-    yield Session(hvd, context)
-    hvd.shutdown()
+    session = Session(hvd, context)
+    yield session
+    session.close()
