@@ -203,6 +203,11 @@ class EstimatorParams(ModelParams):
     gradient_compression = param(
         "gradient_compression", "'none', or 'fp16' to send half-precision gradients", to_compression
     )
+    allreduce = param(
+        "allreduce",
+        "what averages the gradients: 'horovod', 'shared_memory', or 'auto' for the faster of both",
+        one_of("allreduce", ("auto", "horovod", "shared_memory")),
+    )
     backward_passes_per_step = param(
         "backward_passes_per_step",
         "batches whose gradients are averaged locally before they are sent",

@@ -14,10 +14,7 @@ from typing import Any
 
 import keras
 import tensorflow as tf
-
-# A sparse gradient of a table with fewer values than this travels dense: one fused allreduce is cheaper than the two
-# gathers that Horovod makes of a sparse one.
-DENSE_TABLE_VALUES = 4 << 20
+from hvdspark.estimators.keras.allreduce import DENSE_TABLE_VALUES, Allreduce
 
 
 @dataclass
@@ -40,29 +37,28 @@ class StepRows:
 
 
 class GradientReducer:
-    """Averages gradients over the rows of all ranks by one grouped ring allreduce per step.
+    """Averages gradients over the rows of all ranks, by one allreduce per update.
 
     Parameters
     ----------
-    hvd
-        Horovod's TensorFlow module, initialized.
-    compression
-        ``"fp16"`` sends half-precision numbers, ``"none"`` the gradients as they are.
+    allreduce
+        Averages over the ranks.
     passes_per_step
         Batches whose gradients are averaged locally before they are sent.
     """
 
-    def __init__(self, hvd: Any, compression: str = "none", passes_per_step: int = 1) -> None:
-        self._hvd = hvd
-        self._compression = getattr(hvd.Compression, compression)
+    def __init__(self, allreduce: Allreduce, passes_per_step: int = 1) -> None:
+        self._allreduce = allreduce
         self._passes = passes_per_step
         self._step: StepRows | None = None
+        self._updates = 0
         self._sums: list[tf.Variable] = []
         self._seen: tf.Variable | None = None
 
     def begin(self, step: StepRows) -> None:
         """Say what the gradients that come next stand for; called while the step is traced."""
         self._step = step
+        self._updates = 0
 
     def attach(self, optimizer: Any, variables: Sequence[Any]) -> None:
         """Lead the optimizer's ``apply`` through this reducer.
@@ -93,9 +89,8 @@ class GradientReducer:
     def _average(self, grads: Sequence[Any]) -> list[Any]:
         """Weight each rank's mean gradient by its rows, so that the result is the mean over all rows."""
         assert self._step is not None, "begin() was not called for this step"
-        size = float(self._hvd.size())
-        share = size * self._step.rows / self._step.total
-        return self._allreduce([_scale(_dense_if_small(grad), share) for grad in grads])
+        share = float(self._allreduce.size) * self._step.rows / self._step.total
+        return self._send([_scale(_dense_if_small(grad), share) for grad in grads])
 
     def _accumulate(self, present: Sequence[tuple[Any, Any]], variables: Sequence[Any], update: Any) -> None:
         """Add up the gradients of several steps and send their mean when the last of them is through."""
@@ -109,8 +104,8 @@ class GradientReducer:
         seen.assign_add(step.total)
 
         def send() -> tf.Tensor:
-            share = float(self._hvd.size()) / seen
-            reduced = self._allreduce([_scale(tf.convert_to_tensor(total), share) for total in sums])
+            share = float(self._allreduce.size) / seen
+            reduced = self._send([_scale(tf.convert_to_tensor(total), share) for total in sums])
             update(reduced, [var for _, var in present])
             for total in sums:
                 total.assign(tf.zeros_like(total))
@@ -119,19 +114,10 @@ class GradientReducer:
 
         tf.cond(step.apply, send, lambda: tf.constant(False))
 
-    def _allreduce(self, grads: list[Any]) -> list[Any]:
-        if self._hvd.size() == 1:
-            return grads
-        settings = {"op": self._hvd.Average, "compression": self._compression}
-        dense = [grad for grad in grads if not isinstance(grad, tf.IndexedSlices)]
-        reduced = iter(self._hvd.grouped_allreduce(dense, name="hvdspark_gradients", **settings) if dense else [])
-        # One by one, because Horovod's grouped call gives sparse gradients the shapes of others.
-        return [
-            self._hvd.allreduce(grad, name=f"hvdspark_gradient_{index}", **settings)
-            if isinstance(grad, tf.IndexedSlices)
-            else next(reduced)
-            for index, grad in enumerate(grads)
-        ]
+    def _send(self, grads: list[Any]) -> list[Any]:
+        # A user's own step may update more than once.
+        self._updates += 1
+        return self._allreduce.average(grads, f"hvdspark_gradients_{self._updates}")
 
 
 def _scale(grad: Any, factor: tf.Tensor) -> Any:

@@ -28,7 +28,9 @@ class KerasSpec:
         Replaces the optimizer's, where given.
     scale_learning_rate
         Whether to multiply it by the number of ranks.
-    compression, passes_per_step
+    allreduce, compression
+        See :func:`~hvdspark.estimators.keras.allreduce.choose_allreduce`.
+    passes_per_step
         See :class:`~hvdspark.estimators.keras.optimizer.GradientReducer`.
     best_of
         Which epoch's model is kept.
@@ -42,6 +44,7 @@ class KerasSpec:
     callbacks: tuple[Any, ...]
     learning_rate: float | None
     scale_learning_rate: bool
+    allreduce: str
     compression: str
     passes_per_step: int
     best_of: BestOf | None

@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from hvdspark.estimators.keras import codec
+from hvdspark.estimators.keras.allreduce import choose_allreduce
 from hvdspark.estimators.keras.batches import ENDLESS, Batches, packer
 from hvdspark.estimators.keras.clock import StepClock
 from hvdspark.estimators.keras.metrics import current_metrics, global_metrics
@@ -130,10 +131,11 @@ class _Training:
         variables = self._model.trainable_variables
         if not optimizer.built:
             optimizer.build(variables)
-        self._reducer = GradientReducer(hvd, spec.compression, spec.passes_per_step)
-        self._reducer.attach(optimizer, variables)
         if size > 1:
             hvd.broadcast_variables([v.value for v in (*self._model.weights, *optimizer.variables)], root_rank=0)
+        allreduce = choose_allreduce(spec.allreduce, self._session, variables, spec.compression)
+        self._reducer = GradientReducer(allreduce, spec.passes_per_step)
+        self._reducer.attach(optimizer, variables)
         self._diverge()
         self._pack = packer(self._model, plan.batch)
         self._train_steps = self._compiled_training()
@@ -257,6 +259,8 @@ class _Training:
         model, reducer, clock = self._model, self._reducer, self._clock
         guarded = self._plan.train.has_idle_steps
 
+        # Traced as it is, as Keras does it: AutoGraph's translation of all that is called takes seconds.
+        @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
         def step(iterator: Any) -> None:
             data, (rows, total, apply) = clock.next(iterator)
             reducer.begin(StepRows(rows, total, apply))
@@ -279,9 +283,11 @@ class _Training:
     def _compiled_validation(self) -> Any:
         model = self._model
 
+        test_step = tf.autograph.experimental.do_not_convert(model.test_step)
+
         def steps(iterator: Any, count: tf.Tensor) -> None:
             for _ in tf.range(count):
-                model.test_step(next(iterator))
+                test_step(next(iterator))
 
         return steps if model.run_eagerly else tf.function(steps, jit_compile=False)
 

@@ -286,6 +286,8 @@ def _defaults(context: RankContext) -> dict[str, str]:
     return {
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "TF_NUM_INTRAOP_THREADS": threads,
+        # More threads than cores only take turns; on small models that cost a sixth of the time.
+        "TF_NUM_INTEROP_THREADS": threads,
         "OMP_NUM_THREADS": threads,
         "KERAS_BACKEND": "tensorflow",
     }

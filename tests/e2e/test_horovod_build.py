@@ -8,11 +8,11 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from gloo_ranks import first_line, process, two_gloo_ranks
 
 TIMEOUT_S = 60
 
@@ -23,14 +23,6 @@ total = hvd.allreduce(tf.constant(float(hvd.rank() + 1)), op=hvd.Sum)
 built = {"gloo": hvd.gloo_built(), "mpi": hvd.mpi_built()}
 # One write: mpiexec joins the ranks' output as it comes.
 sys.stdout.write(json.dumps({"rank": hvd.rank(), "total": float(total), **built}) + chr(10))
-"""
-
-RENDEZVOUS = """
-import sys
-from hvdspark.launch.gloo import RendezvousServer
-with RendezvousServer("127.0.0.1", {"127.0.0.1"}, ranks=2) as server:
-    print(server.address[1], flush=True)
-    sys.stdin.read()
 """
 
 # Rank 1 never submits the tensor that rank 0 waits for.
@@ -56,57 +48,6 @@ print(*sorted({
 }), flush=True)
 sys.stdin.read()
 """
-
-
-@contextmanager
-def process(*command: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """Run a program with pipes; on leaving it is killed if it still runs."""
-    child = subprocess.Popen(
-        command,
-        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"} | environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    with child:
-        try:
-            yield child
-        finally:
-            child.kill()
-
-
-@contextmanager
-def two_gloo_ranks(
-    program: str, prefix: Sequence[str] = (), **environment: str
-) -> Iterator[list[subprocess.Popen[str]]]:
-    """Run a program as two Horovod ranks of one host, with a rendezvous, each command after `prefix`."""
-    python = (*prefix, sys.executable, "-c")
-    with process(*python, RENDEZVOUS) as rendezvous:
-        settings = {
-            "HOROVOD_CONTROLLER": "gloo",
-            "HOROVOD_CPU_OPERATIONS": "gloo",
-            "HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1",
-            "HOROVOD_GLOO_RENDEZVOUS_PORT": first_line(rendezvous),
-            "HOROVOD_HOSTNAME": "host",
-            "HOROVOD_SIZE": "2",
-            "HOROVOD_LOCAL_SIZE": "2",
-            "HOROVOD_CROSS_RANK": "0",
-            "HOROVOD_CROSS_SIZE": "1",
-            **environment,
-        }
-        ranks = [
-            process(*python, program, **settings, HOROVOD_RANK=rank, HOROVOD_LOCAL_RANK=rank) for rank in ("0", "1")
-        ]
-        with ranks[0] as first, ranks[1] as second:
-            yield [first, second]
-
-
-def first_line(child: subprocess.Popen[str]) -> str:
-    """Return the first line the program prints; fail with what it wrote to stderr if it ends without one."""
-    assert child.stdout is not None
-    assert child.stderr is not None
-    return child.stdout.readline().strip() or pytest.fail(child.stderr.read())
 
 
 @pytest.fixture

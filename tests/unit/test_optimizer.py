@@ -10,7 +10,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from hvdspark.estimators.keras.optimizer import DENSE_TABLE_VALUES, GradientReducer, LearningRateScale, StepRows
+from hvdspark.estimators.keras.allreduce import DENSE_TABLE_VALUES, HorovodAllreduce
+from hvdspark.estimators.keras.optimizer import GradientReducer, LearningRateScale, StepRows
 
 
 class Ranks:
@@ -53,8 +54,10 @@ def step(rows: float, total: float, apply: bool = True) -> StepRows:
     return StepRows(tf.constant(float(rows)), tf.constant(float(total)), tf.constant(apply))
 
 
-def attached(hvd: Any, variables: Sequence[Any], **given: Any) -> tuple[GradientReducer, Recorder]:
-    reducer, optimizer = GradientReducer(hvd, **given), Recorder()
+def attached(
+    hvd: Any, variables: Sequence[Any], compression: str = "none", **given: Any
+) -> tuple[GradientReducer, Recorder]:
+    reducer, optimizer = GradientReducer(HorovodAllreduce(hvd, compression), **given), Recorder()
     reducer.attach(optimizer, variables)
     return reducer, optimizer
 

@@ -44,6 +44,7 @@ GOOD: dict[str, tuple[Any, Any]] = {
     "random_seed": (11, 11),
     "verbose": (0, 0),
     "gradient_compression": ("fp16", "fp16"),
+    "allreduce": ("horovod", "horovod"),
     "backward_passes_per_step": (2, 2),
     "train_steps_per_epoch": (100, 100),
     "validation_steps_per_epoch": (10, 10),
