@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from hvdspark.estimators.fitting import Fit
 from hvdspark.estimators.outputs import planned_outputs
 from hvdspark.estimators.params import EstimatorParams, ModelParams
-from hvdspark.estimators.sources import FrameSource, ParquetSource
+from hvdspark.estimators.sources import FedSource, FrameSource, ParquetSource
 from pyspark.ml import Estimator, Model
 from pyspark.sql.types import StructType
 
 from hvdspark.data import schema
 from hvdspark.errors import ModelFormatError, ParamError
 from hvdspark.launch.barrier import LaunchOptions
-from hvdspark.plan import BatchSpec, CacheMode, ColumnSpec, FitPlan, ModelTensor, TrainResult
+from hvdspark.plan import BatchSpec, CacheMode, ColumnSpec, ModelTensor, TrainResult
 from hvdspark.predict import OutputColumn, ScorePlan, score, scored_schema
 from hvdspark.run import active_session
 from hvdspark.store import Store
@@ -59,8 +59,8 @@ class HorovodEstimator(Estimator, EstimatorParams, abc.ABC):  # type: ignore[typ
         """Check what the framework needs to be given, before any Spark job."""
 
     @abc.abstractmethod
-    def _job(self, plan: FitPlan) -> Job:
-        """Return what every rank is to do."""
+    def _job(self) -> Job:
+        """Return what every rank is to do; its first argument, the :class:`FitPlan`, is put before the others."""
 
     @abc.abstractmethod
     def _make_model(self, data: bytes, result: TrainResult) -> HorovodModel:
@@ -95,7 +95,11 @@ class HorovodEstimator(Estimator, EstimatorParams, abc.ABC):  # type: ignore[typ
 
     def _fit(self, dataset: DataFrame) -> HorovodModel:
         estimator = self._converted()
-        return Fit(estimator, FrameSource(dataset, keep=estimator._value("keep_dataset"))).run()
+        if estimator._value("data") == "direct":
+            return Fit(estimator, FedSource(dataset)).run()
+        return Fit(
+            estimator, FrameSource(dataset, estimator._required("store"), keep=estimator._value("keep_dataset"))
+        ).run()
 
     def _batch(self, frame_schema: StructType) -> tuple[tuple[ColumnSpec, ...], BatchSpec]:
         inputs, outputs = self._describe()

@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING
 
 import cloudpickle
 from hvdspark.estimators.outputs import planned_outputs
-from hvdspark.estimators.sources import Dataset, RowSource
+from hvdspark.estimators.sources import RowSource
 from pyspark.sql.types import StructType
 
-from hvdspark.data import schema
-from hvdspark.data.partitions import TRAIN, VAL, Split
-from hvdspark.data.shards import plan_shards
+from hvdspark.data.partitions import Split
+from hvdspark.data.planning import FitDraft
 from hvdspark.errors import ParamError
 from hvdspark.launch.barrier import run_barrier, warm_up
 from hvdspark.launch.slots import check_slots, count_slots
@@ -62,18 +61,17 @@ class Fit:
         with self._timed("check"):
             store, columns, batch, num_proc = self._check(session)
         options = estimator._launch_options(self._run_id, store)
+        draft = self._draft(store, columns, batch, num_proc)
         with ExitStack() as stack:
             with self._timed("write"):
                 meanwhile = partial(warm_up, session, num_proc, options)
-                dataset = stack.enter_context(self._source.dataset(store, columns, self._split(), meanwhile))
-            plan, manifest = self._plan(store, dataset, batch, num_proc), dataset.manifest
-            self._say(
-                f"{manifest.rows(TRAIN)} training and {manifest.rows(VAL)} validation rows, {num_proc} ranks,"
-                f" {plan.train.steps} steps per epoch"
-            )
+                work = stack.enter_context(self._source.provided(draft, meanwhile))
+            job = estimator._job()
+            if work.plan is not None:
+                self._describe(work.plan)
+                job = job.after(work.plan)
             with self._timed("launch"):
-                payload = cloudpickle.dumps(estimator._job(plan))
-                answers = run_barrier(session, num_proc, payload, options)
+                answers = run_barrier(session, num_proc, cloudpickle.dumps(job), options, work.rows)
         # The answer came through Spark's own channel from a process that this fit started.
         result: TrainResult = cloudpickle.loads(answers[0])
         with self._timed("publish"):
@@ -121,30 +119,31 @@ class Fit:
             return Split(column=validation, seed=seed)
         return Split(fraction=validation or 0.0, seed=seed)
 
-    def _plan(self, store: Store, dataset: Dataset, batch: BatchSpec, num_proc: int) -> FitPlan:
-        value, manifest = self._estimator._value, dataset.manifest
-        shuffle, seed, batch_rows = value("shuffle"), value("random_seed"), value("batch_size")
-        train = plan_shards(manifest.splits[TRAIN], num_proc, batch_rows, keep_order=not shuffle, seed=seed)
-        val = None
-        if manifest.rows(VAL):
-            val_rows = value("val_batch_size") or batch_rows
-            val = plan_shards(manifest.splits[VAL], num_proc, val_rows, keep_order=False, seed=seed)
-        return FitPlan(
+    def _draft(self, store: Store, columns: tuple[ColumnSpec, ...], batch: BatchSpec, num_proc: int) -> FitDraft:
+        value = self._estimator._value
+        return FitDraft(
             run_id=self._run_id,
             store=store.ref(),
-            data=dataset.store.ref(),
-            dataset=dataset.folder,
-            columns=manifest.columns,
-            batch=schema.resolve(batch, manifest.columns),
-            train=train,
-            val=val,
+            columns=columns,
+            batch=batch,
+            split=self._split(),
+            size=num_proc,
+            batch_rows=value("batch_size"),
+            val_batch_rows=value("val_batch_size") or value("batch_size"),
             epochs=value("epochs"),
-            shuffle=shuffle,
-            seed=seed,
+            shuffle=value("shuffle"),
+            seed=value("random_seed"),
             reader_workers=value("train_reader_num_workers"),
             cache=self._estimator._cache(),
             train_steps_per_epoch=value("train_steps_per_epoch"),
             validation_steps_per_epoch=value("validation_steps_per_epoch"),
+        )
+
+    def _describe(self, plan: FitPlan) -> None:
+        held_out = 0 if plan.val is None else plan.val.rows
+        self._say(
+            f"{plan.train.rows} training and {held_out} validation rows, {plan.train.size} ranks, {plan.train.steps}"
+            " steps per epoch"
         )
 
     def _account(self, result: TrainResult) -> None:

@@ -237,6 +237,11 @@ class EstimatorParams(ModelParams):
         "the same as cache='memory', by the name that horovod.spark gave it",
         boolean("inmemory_cache_all"),
     )
+    data = param(
+        "data",
+        "'petastorm' writes the rows as a dataset first, 'direct' hands them to the ranks",
+        one_of("data", ("petastorm", "direct")),
+    )
     keep_dataset = param(
         "keep_dataset",
         "keep the written rows in the Store, for later fits on the same DataFrame",

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 
 from hvdspark.data import schema
 from hvdspark.data.columns import spark_schema
+from hvdspark.data.feed import FedStage, fed_stage
 from hvdspark.data.materialize import MANIFEST, dataset_key, load_manifest, materialize
 from hvdspark.data.parquet import Survey, open_parquet, survey
-from hvdspark.data.partitions import TRAIN, VAL, Split
+from hvdspark.data.partitions import TRAIN, VAL
+from hvdspark.data.planning import FitDraft
 from hvdspark.errors import ParamError, StoreError
-from hvdspark.plan import ColumnSpec, Manifest, RowGroup
+from hvdspark.plan import ColumnSpec, FitPlan, Manifest, RowGroup
 from hvdspark.shelf import dataset_of
 from hvdspark.store import Store
 
@@ -26,20 +28,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """Rows that ranks can read.
+class Work:
+    """What the ranks are to train on: a plan, or rows that come with them and that they plan with.
 
     Parameters
     ----------
-    store, folder
-        Where they are; an empty folder is the Store itself.
-    manifest
-        What they are.
+    plan
+        The plan; ``None`` where it is made when the rows have come.
+    rows
+        The rows that come with the ranks, one partition each, and what is done with them.
     """
 
-    store: Store
-    folder: str
-    manifest: Manifest
+    plan: FitPlan | None = None
+    rows: FedStage | None = None
 
 
 class RowSource(abc.ABC):
@@ -62,19 +63,13 @@ class RowSource(abc.ABC):
 
     @abc.abstractmethod
     @contextmanager
-    def dataset(
-        self, store: Store, columns: tuple[ColumnSpec, ...], split: Split, meanwhile: Callable[[], None]
-    ) -> Iterator[Dataset]:
+    def provided(self, draft: FitDraft, meanwhile: Callable[[], None]) -> Iterator[Work]:
         """Provide the rows for the time of a block.
 
         Parameters
         ----------
-        store
-            Where rows that must be written go.
-        columns
-            What is needed of them.
-        split
-            Which rows are held out.
+        draft
+            The fit.
         meanwhile
             Called before rows are written: it begins what can go on beside that, and does not wait for it.
         """
@@ -87,14 +82,17 @@ class FrameSource(RowSource):
     ----------
     df
         The rows.
+    store
+        Where they are written.
     keep
         Whether what is written stays for later fits.
     """
 
-    def __init__(self, df: DataFrame, keep: bool) -> None:
+    def __init__(self, df: DataFrame, store: Store, *, keep: bool) -> None:
         self.session = df.sparkSession
         self.schema = df.schema
         self._df = df
+        self._store = store
         self._keep = keep
 
     def check(self, validation: float | str | None) -> None:
@@ -102,21 +100,44 @@ class FrameSource(RowSource):
         schema.split_condition(self.schema, validation)
 
     @contextmanager
-    def dataset(
-        self, store: Store, columns: tuple[ColumnSpec, ...], split: Split, meanwhile: Callable[[], None]
-    ) -> Iterator[Dataset]:
+    def provided(self, draft: FitDraft, meanwhile: Callable[[], None]) -> Iterator[Work]:
         """Find the dataset that an earlier fit wrote of the same rows, or write it."""
+        store = self._store
 
         def write(folder: str) -> None:
             with suppress(OSError, StoreError):
                 store.gc()
             meanwhile()
-            materialize(self._df, columns, split, store, folder)
+            materialize(self._df, draft.columns, draft.split, store, folder)
 
-        key = dataset_key(self._df, columns, split) if self._keep else None
+        key = dataset_key(self._df, draft.columns, draft.split) if self._keep else None
         # Without a key nobody could find it again.
         with dataset_of(store, key or uuid.uuid4().hex, write, keep=key is not None) as folder:
-            yield Dataset(store, folder, load_manifest(store, folder))
+            yield Work(draft.complete(load_manifest(store, folder), draft.store, folder))
+
+
+class FedSource(RowSource):
+    """The rows of a DataFrame, handed to the ranks without a dataset in between.
+
+    Parameters
+    ----------
+    df
+        The rows.
+    """
+
+    def __init__(self, df: DataFrame) -> None:
+        self.session = df.sparkSession
+        self.schema = df.schema
+        self._df = df
+
+    def check(self, validation: float | str | None) -> None:
+        """Refuse a validation column that does not tell rows apart."""
+        schema.split_condition(self.schema, validation)
+
+    @contextmanager
+    def provided(self, draft: FitDraft, meanwhile: Callable[[], None]) -> Iterator[Work]:  # noqa: ARG002
+        """Share the rows out among the tasks of the ranks' stage."""
+        yield Work(rows=fed_stage(self._df, draft))
 
 
 class ParquetSource(RowSource):
@@ -140,7 +161,7 @@ class ParquetSource(RowSource):
         if self._written is None:
             self.schema = session.read.parquet(path).schema
         else:
-            self.schema = spark_schema(self._written.manifest.columns)
+            self.schema = spark_schema(self._written[1].columns)
 
     def check(self, validation: float | str | None) -> None:
         """Refuse to hold out rows, which would mean to write them."""
@@ -150,9 +171,7 @@ class ParquetSource(RowSource):
                 " validation_path",
                 param="validation_path",
             )
-        held_out = self._validation_path is not None or (
-            self._written is not None and self._written.manifest.rows(VAL) > 0
-        )
+        held_out = self._validation_path is not None or (self._written is not None and self._written[1].rows(VAL) > 0)
         if validation is not None and not held_out:
             raise ParamError(
                 f"validation={validation!r}: fit_on_parquet() writes nothing, and so holds no rows out; give"
@@ -161,21 +180,15 @@ class ParquetSource(RowSource):
             )
 
     @contextmanager
-    def dataset(
-        self,
-        store: Store,  # noqa: ARG002
-        columns: tuple[ColumnSpec, ...],
-        split: Split,  # noqa: ARG002
-        meanwhile: Callable[[], None],  # noqa: ARG002
-    ) -> Iterator[Dataset]:
+    def provided(self, draft: FitDraft, meanwhile: Callable[[], None]) -> Iterator[Work]:  # noqa: ARG002
         """Look at the files, and make one dataset of training and validation rows."""
-        if self._written is not None:
-            yield self._written
-            return
+        store, manifest = self._survey(draft.columns) if self._written is None else self._written
+        yield Work(draft.complete(manifest, store.ref(), ""))
+
+    def _survey(self, columns: tuple[ColumnSpec, ...]) -> tuple[Store, Manifest]:
         train = survey(self._path, columns)
         if self._validation_path is None:
-            yield Dataset(train.store, "", Manifest(train.columns, {TRAIN: train.groups, VAL: ()}))
-            return
+            return train.store, Manifest(train.columns, {TRAIN: train.groups, VAL: ()})
         val = survey(self._validation_path, columns)
         if val.columns != train.columns:
             raise ParamError(
@@ -184,15 +197,14 @@ class ParquetSource(RowSource):
                 param="validation_path",
             )
         root = _common_folder(train.store.url, val.store.url)
-        splits = {TRAIN: _seen_from(root, train), VAL: _seen_from(root, val)}
-        yield Dataset(Store.create(root), "", Manifest(train.columns, splits))
+        return Store.create(root), Manifest(train.columns, {TRAIN: _seen_from(root, train), VAL: _seen_from(root, val)})
 
 
-def _written_by_a_fit(path: str) -> Dataset | None:
+def _written_by_a_fit(path: str) -> tuple[Store, Manifest] | None:
     store, file = open_parquet(path)
     if file is not None or not store.exists(MANIFEST):
         return None
-    return Dataset(store, "", load_manifest(store, ""))
+    return store, load_manifest(store, "")
 
 
 def _common_folder(first: str, second: str) -> str:

@@ -29,7 +29,7 @@ arguments and survive pickling, because errors travel from Spark's tasks to the 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -49,6 +49,17 @@ class HvdSparkError(Exception):
     def fields(self) -> dict[str, Any]:
         """The fields, by name."""
         return dict(self._fields)
+
+    def to_plain(self) -> list[Any]:
+        """Describe the error by JSON values: its class, message and fields."""
+        return [type(self).__name__, str(self), self.fields]
+
+
+def from_plain(described: Sequence[Any]) -> HvdSparkError:
+    """Make the error that :meth:`HvdSparkError.to_plain` described; lists among its fields become tuples again."""
+    name, message, fields = described
+    found: type[HvdSparkError] = globals()[name]
+    return found(message, **{key: tuple(item) if isinstance(item, list) else item for key, item in fields.items()})
 
 
 def _rebuild(cls: type[HvdSparkError], message: str, fields: dict[str, Any]) -> HvdSparkError:

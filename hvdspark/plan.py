@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 ColumnKind = Literal["scalar", "date", "timestamp", "array", "vector", "string", "binary", "image"]
@@ -288,12 +289,12 @@ class ShardPlan:
     striped: bool = False
     shares: tuple[int, ...] | None = None
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Rows of all ranks together."""
         return sum(group.rows for group in self.groups)
 
-    @property
+    @cached_property
     def steps(self) -> int:
         """Steps of one pass over the rows, the same on every rank."""
         if self.shares is not None:

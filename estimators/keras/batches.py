@@ -10,7 +10,6 @@ from typing import Any
 
 import keras
 import numpy as np
-import numpy.typing as npt
 import tensorflow as tf
 
 from hvdspark.data.arrays import fill_tensor
@@ -92,7 +91,7 @@ class Batches:
     @property
     def own_steps(self) -> int:
         """Steps of a pass in which this rank has rows."""
-        return self._shards.steps - (self._shards.rows_at(self._rank, self._shards.steps - 1) == 0)
+        return self._shards.own_steps(self._rank)
 
     def data(self, pack: Callable[..., Any], passes: int) -> tf.data.Dataset:
         """Return ``(x, y[, sample_weight])`` of every step in which this rank has rows.
@@ -116,14 +115,14 @@ class Batches:
         passes_per_step
             Steps whose gradients go into one update; a pass ends with an update in any case.
         """
-        shards = self._shards
-        filler = (self._filler(),) if self.own_steps < shards.steps else ()
-        last = shards.steps - 1
-        # Repeated and joined, not computed: a function that runs for every step costs more than the rest of the way.
-        applies = np.arange(passes_per_step) == passes_per_step - 1
-        full = _facts(shards.rows_at(self._rank, 0), shards.total_rows_at(0), applies).repeat().take(last)
-        ending = _facts(shards.rows_at(self._rank, last), shards.total_rows_at(last), np.array([True]))
-        facts = full.concatenate(ending).repeat(passes)
+        shards, steps = self._shards, range(self._shards.steps)
+        idle = len(steps) - self.own_steps
+        filler = (self._filler(),) * idle if idle else ()
+        rows = np.array([shards.rows_at(self._rank, step) for step in steps], dtype=np.float32)
+        totals = np.array([shards.total_rows_at(step) for step in steps], dtype=np.float32)
+        applies = np.array([step == steps[-1] or (step + 1) % passes_per_step == 0 for step in steps])
+        # Listed, not computed on the way: a function that runs for every step costs more than the rest of it.
+        facts = tf.data.Dataset.from_tensor_slices((rows, totals, applies)).repeat(passes)
         return tf.data.Dataset.zip((self._batches(passes, pack, filler), facts)).prefetch(self._prefetch)
 
     def sample(self) -> tuple[Block, ...]:
@@ -154,7 +153,7 @@ class Batches:
         return _tensors(stack(self._one_row(), self._stacks), self._stored)
 
     def _one_row(self) -> Blocks:
-        return read_group(self._store, self._plan.dataset, self._needed, filler_read(self._shards))
+        return read_group(self._store, self._plan.dataset, self._needed, filler_read(self._shards, self._rank))
 
 
 def _tensors(blocks: Blocks, batch: BatchSpec) -> tuple[Block, ...]:
@@ -213,12 +212,6 @@ def _stored_dtype(tensor: TensorSpec, specs: dict[str, ColumnSpec]) -> str | Non
     own = tensor_dtype(dataclasses.replace(tensor, dtype=None), specs)
     widens = np.can_cast(own.as_numpy_dtype, tensor_dtype(tensor, specs).as_numpy_dtype)
     return str(own.name) if widens else tensor.dtype
-
-
-def _facts(rows: int, total: int, applies: npt.NDArray[np.bool_]) -> tf.data.Dataset:
-    """Tell, for some steps of as many rows, what :class:`StepRows` wants to know."""
-    same = np.ones(len(applies), dtype=np.float32)
-    return tf.data.Dataset.from_tensor_slices((same * rows, same * total, applies))
 
 
 def packer(model: keras.Model, batch: BatchSpec) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ from hvdspark.estimators.keywords import sort_out
 from hvdspark.estimators.persistence import Persistable
 
 from hvdspark.errors import ModelFormatError, ParamError
-from hvdspark.plan import FitPlan, TrainResult
+from hvdspark.plan import TrainResult
 from hvdspark.store import Store
 from hvdspark.worker.checkpoint import BestOf
 from hvdspark.worker.job import Job
@@ -82,6 +82,9 @@ class KerasEstimator(HorovodEstimator, Persistable):
     cache
         Where a rank keeps its decoded rows for later epochs: ``"memory"``, ``"disk"``, ``"none"``, or ``"auto"`` for
         the first of these that has room.
+    data
+        ``"petastorm"`` writes the rows as a dataset first; ``"direct"`` hands them from Spark's tasks to the ranks,
+        where they lie in Arrow files on local disks while the fit runs.
     keep_dataset
         Whether the rows stay in the Store for later fits on the same DataFrame (see :meth:`hvdspark.Store.gc`), or go
         when the fit ends.
@@ -166,6 +169,7 @@ class KerasEstimator(HorovodEstimator, Persistable):
         train_reader_num_workers: int | None = None,
         cache: str | None = None,
         inmemory_cache_all: bool | None = None,
+        data: str | None = None,
         keep_dataset: bool | None = None,
         use_gpu: bool | None = None,
         controller: str | None = None,
@@ -191,6 +195,7 @@ class KerasEstimator(HorovodEstimator, Persistable):
             train_reader_num_workers=2,
             cache="auto",
             inmemory_cache_all=False,
+            data="petastorm",
             keep_dataset=True,
             compress_sparse_cols=False,
             use_gpu=True,
@@ -258,7 +263,7 @@ class KerasEstimator(HorovodEstimator, Persistable):
     def _describe(self) -> tuple[Tensors, Tensors]:
         return codec.describe(self._required_model())
 
-    def _job(self, plan: FitPlan) -> Job:
+    def _job(self) -> Job:
         spec = KerasSpec(
             model=codec.model_to_bytes(self._required_model()),
             compiling={name: codec.to_config(getattr(self, f"_{name}")) for name in _COMPILING},
@@ -273,7 +278,7 @@ class KerasEstimator(HorovodEstimator, Persistable):
             use_gpu=self._value("use_gpu"),
         )
         # By address: only the training processes import TensorFlow's Horovod.
-        return Job(self._trainer, (plan, spec))
+        return Job(self._trainer, (spec,))
 
     def _make_model(self, data: bytes, result: TrainResult) -> KerasModel:
         model = KerasModel(data, result.inputs, result.outputs, result.history, self._all_custom_objects())

@@ -86,11 +86,9 @@ def materialize(
     try:
         writer = PartitionWriter(tuple(columns), split, store.ref(), dataset)
         wanted = [*names, *extra]
-        # By position: PySpark takes a name with dots for an access to a field, in some places even when it is quoted.
-        rows = df.select(*[_quote(name) for name in wanted]).toDF(*[f"c{place}" for place in range(len(wanted))])
-        task = _task_of(writer, wanted)
-        reports = [PartitionReport.from_json(row["report"]) for row in rows.mapInArrow(task, "report string").collect()]
-        manifest = _merge(columns, reports, split)
+        found = by_position(df, wanted).mapInArrow(_task_of(writer, wanted), "report string").collect()
+        reports = [PartitionReport.from_json(row["report"]) for row in found]
+        manifest = merge(columns, reports, split)
         for name, groups in manifest.splits.items():
             if groups:
                 _check_visible(store, dataset, name, groups)
@@ -144,9 +142,13 @@ def load_manifest(store: Store, dataset: str) -> Manifest:
         ) from exc
 
 
-def _quote(name: str) -> str:
-    """Keep dots in a column's name from being read as field access."""
-    return f"`{name.replace('`', '``')}`"
+def by_position(df: DataFrame, names: Sequence[str]) -> DataFrame:
+    """Select columns and name them ``c0``, ``c1``, and so on.
+
+    PySpark takes a name with dots for an access to a field, in some places even when it is quoted.
+    """
+    quoted = [f"`{name.replace('`', '``')}`" for name in names]
+    return df.select(*quoted).toDF(*[f"c{place}" for place in range(len(names))])
 
 
 def _task_of(
@@ -161,7 +163,7 @@ def _task_of(
     return write
 
 
-def _merge(columns: Sequence[ColumnSpec], reports: Iterable[PartitionReport], split: Split) -> Manifest:
+def merge(columns: Sequence[ColumnSpec], reports: Iterable[PartitionReport], split: Split) -> Manifest:
     """Check what the tasks found and list their row groups in partition order."""
     ordered = sorted(reports, key=lambda report: report.partition)
     _refuse_nulls(ordered)

@@ -6,36 +6,27 @@ can lie about and are never read.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import posixpath
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from hvdspark import errors
 from hvdspark.data.arrays import to_block
-from hvdspark.data.blocks import AnyBlock, Block, Blocks, concatenate, storage_of
+from hvdspark.data.blocks import AnyBlock, Block, Blocks, storage_of
+from hvdspark.data.files import PARQUET, RowFile
 from hvdspark.data.images import ImageBlock
 from hvdspark.data.lists import count_nulls, ragged
 from hvdspark.data.sparse import SparseBlock
-from hvdspark.data.storage import to_parquet
-from hvdspark.errors import DataError, ImageError, NullValueError
+from hvdspark.errors import DataError, HvdSparkError, ImageError, NullValueError
 from hvdspark.plan import ColumnSpec, RowGroup, Shape, Storage, StoreRef
 from hvdspark.store import Store
 
 TRAIN, VAL = "train", "val"
-
-# A row group is read and decoded as a whole: large enough that Parquet's fixed costs vanish, small enough that a
-# shuffle over several of them fits into a rank's memory.
-ROW_GROUP_BYTES = 16 << 20
-MAX_ROW_GROUP_ROWS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -60,6 +51,10 @@ class Split:
     def has_val(self) -> bool:
         """Whether any row may go to validation."""
         return self.fraction > 0 or self.column is not None
+
+    def generator(self, partition: int) -> np.random.Generator:
+        """Return the generator that tells the rows of a partition apart, one number per row in order."""
+        return np.random.default_rng([self.seed, partition])
 
 
 @dataclass(frozen=True)
@@ -123,11 +118,11 @@ class PartitionReport:
     groups: dict[str, list[RowGroup]] = field(default_factory=dict)
     layouts: dict[str, Layout] = field(default_factory=dict)
     nulls: dict[str, int] = field(default_factory=dict)
-    refused: dict[str, DataError] = field(default_factory=dict)
+    refused: dict[str, HvdSparkError] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Write the report as JSON text."""
-        refused = {name: [type(exc).__name__, str(exc), exc.fields] for name, exc in self.refused.items()}
+        refused = {name: exc.to_plain() for name, exc in self.refused.items()}
         plain = dataclasses.asdict(dataclasses.replace(self, refused={}))
         return json.dumps({**plain, "refused": refused})
 
@@ -137,16 +132,8 @@ class PartitionReport:
         data = json.loads(text)
         groups = {name: [RowGroup(**group) for group in found] for name, found in data["groups"].items()}
         layouts = {name: Layout(tuple(found["shape"]), found["storage"]) for name, found in data["layouts"].items()}
-        refused = {name: _error(*found) for name, found in data["refused"].items()}
+        refused = {name: errors.from_plain(found) for name, found in data["refused"].items()}
         return cls(data["partition"], groups, layouts, data["nulls"], refused)
-
-
-def _error(kind: str, message: str, fields: dict[str, Any]) -> DataError:
-    """Make an error of what JSON has left of it."""
-    found: DataError = getattr(errors, kind)(
-        message, **{n: tuple(v) if isinstance(v, list) else v for n, v in fields.items()}
-    )
-    return found
 
 
 @dataclass(frozen=True)
@@ -157,6 +144,7 @@ class PartitionWriter:
     split: Split
     store: StoreRef
     dataset: str
+    suffix: str = PARQUET
 
     def write(self, batches: Iterable[pa.RecordBatch]) -> PartitionReport:
         """Write the partition's batches; a file that is not finished is removed when anything goes wrong."""
@@ -165,10 +153,10 @@ class PartitionWriter:
         context = TaskContext.get()
         partition = context.partitionId() if context is not None else 0
         report = PartitionReport(partition)
-        random = np.random.default_rng([self.split.seed, partition])
+        random = self.split.generator(partition)
         # The random part keeps attempts of one task apart, wherever and whenever they run.
-        stem = f"part-{partition:05d}-{uuid.uuid4().hex[:12]}.parquet"
-        files = {name: _SplitFile(Store.from_ref(self.store), self.dataset, f"{name}/{stem}") for name in (TRAIN, VAL)}
+        stem = f"part-{partition:05d}-{uuid.uuid4().hex[:12]}{self.suffix}"
+        files = {name: RowFile(Store.from_ref(self.store), self.dataset, f"{name}/{stem}") for name in (TRAIN, VAL)}
         try:
             for batch in batches:
                 blocks = self._blocks(batch, report)
@@ -216,72 +204,3 @@ class PartitionWriter:
             report.nulls[self.split.column] = report.nulls.get(self.split.column, 0) + nulls
         nothing = False if pa.types.is_boolean(column.type) else 0
         return np.asarray(column.fill_null(nothing).to_numpy(zero_copy_only=False) != 0)
-
-
-class _SplitFile:
-    """One Parquet file, opened with its first rows and cut into row groups of a fixed number of rows."""
-
-    def __init__(self, store: Store, dataset: str, name: str) -> None:
-        self._store = store
-        self._path = store.path(dataset, name)
-        self._name = name
-        self._buffer: list[Blocks] = []
-        self._buffered = 0
-        self._group_rows = 0
-        self._groups: list[RowGroup] = []
-        self._stream: Any = None
-        self._writer: pq.ParquetWriter | None = None
-
-    def append(self, blocks: Blocks) -> None:
-        rows = len(next(iter(blocks.values())))
-        # Rows of images or sparse vectors differ: a group has as many as would fit if all were like these.
-        size_bytes = sum(block.nbytes for block in blocks.values())
-        self._group_rows = int(np.clip(ROW_GROUP_BYTES * rows // max(size_bytes, 1), 1, MAX_ROW_GROUP_ROWS))
-        self._buffer.append(blocks)
-        self._buffered += rows
-        while self._buffered >= self._group_rows:
-            self._flush(self._group_rows)
-
-    def close(self) -> list[RowGroup]:
-        """Finish the file and return its row groups; without rows there is no file."""
-        if self._buffered:
-            self._flush(self._buffered)
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-            self._stream.close()
-            self._stream = None
-        return self._groups
-
-    def abort(self) -> None:
-        """Drop an unfinished file; does nothing after :meth:`close`."""
-        if self._stream is not None:
-            stream, writer = self._stream, self._writer
-            self._stream = self._writer = None
-            # Whatever closing meets, the file goes; but a writer that is left open complains when it is collected.
-            with contextlib.suppress(OSError, ValueError):
-                if writer is not None:
-                    writer.close()
-            with contextlib.suppress(OSError, ValueError):
-                stream.close()
-            self._store.filesystem.rm_file(self._path)
-
-    def _flush(self, rows: int) -> None:
-        names = list(self._buffer[0])
-        whole = {name: concatenate([blocks[name] for blocks in self._buffer]) for name in names}
-        table = pa.table({name: to_parquet(block[:rows]) for name, block in whole.items()})
-        self._open(table.schema).write_table(table, row_group_size=rows)
-        self._groups.append(RowGroup(self._name, len(self._groups), rows))
-        self._buffered -= rows
-        self._buffer = [{name: block[rows:] for name, block in whole.items()}] if self._buffered else []
-
-    def _open(self, schema: pa.Schema) -> pq.ParquetWriter:
-        if self._writer is None:
-            filesystem = self._store.filesystem
-            filesystem.makedirs(posixpath.dirname(self._path), exist_ok=True)
-            self._stream = filesystem.open(self._path, "wb")
-            # Measured features hardly repeat: a dictionary costs a third of the writing time and saves nothing.
-            self._writer = pq.ParquetWriter(
-                self._stream, schema, compression="snappy", use_dictionary=False, write_page_checksum=True
-            )
-        return self._writer

@@ -11,10 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from hvdspark.data.blocks import Blocks, concatenate
+from hvdspark.data.files import read_columns
 from hvdspark.data.petastorm_compat import (
     ConcurrentVentilator,
     EmptyResultError,
@@ -135,28 +133,20 @@ def read_group(
     """
     group = read.group
     place = f"{dataset}/{group.path}" if dataset else group.path
-    path = store.path(place)
     try:
-        source = path if store.is_local else store.filesystem.open(path, "rb")
-        # Spark's timestamps go beyond what nanoseconds can count.
-        options = {"page_checksum_verification": verify, "coerce_int96_timestamp_unit": "us"}
-        with pq.ParquetFile(source, memory_map=store.is_local, **options) as parquet:
-            table = parquet.read_row_group(group.index, [spec.name for spec in columns], use_threads=False)
-            blocks = {spec.name: from_parquet(_whole(table.column(spec.name)), spec, verify=verify) for spec in columns}
+        found = read_columns(store, place, group.index, [spec.name for spec in columns], verify=verify)
+        blocks = {spec.name: from_parquet(found[spec.name], spec, verify=verify) for spec in columns}
     except (OSError, ValueError, IndexError, KeyError) as exc:
         raise CorruptDatasetError(
             f"row group {group.index} of {store.url_of(place)} cannot be read: {exc}. The dataset was"
             " changed after it was written; run fit() again to write it anew."
         ) from exc
-    if table.num_rows != group.rows:
+    rows = len(found[columns[0].name])
+    if rows != group.rows:
         raise CorruptDatasetError(
-            f"row group {group.index} of {store.url_of(place)} has {table.num_rows} rows, but the"
+            f"row group {group.index} of {store.url_of(place)} has {rows} rows, but the"
             f" manifest says {group.rows}; run fit() again to write the dataset anew"
         )
     if read.rows == group.rows:
         return blocks
     return {name: concatenate([block[start:stop] for start, stop in read.pieces]) for name, block in blocks.items()}
-
-
-def _whole(column: pa.ChunkedArray) -> pa.Array:
-    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()

@@ -17,7 +17,13 @@ from hvdspark.plan import GroupRead, RowGroup, ShardPlan
 
 
 def plan_shards(
-    groups: Sequence[RowGroup], size: int, batch_rows: int, *, keep_order: bool, seed: int = 0
+    groups: Sequence[RowGroup],
+    size: int,
+    batch_rows: int,
+    *,
+    keep_order: bool,
+    seed: int = 0,
+    shares: tuple[int, ...] | None = None,
 ) -> ShardPlan:
     """Share the rows of a split among the ranks.
 
@@ -36,6 +42,8 @@ def plan_shards(
         and each rank reads what is its own.
     seed
         Seed of that order.
+    shares
+        Rows of each rank, where they lie with the ranks already, in the order of the groups; nothing moves then.
 
     Raises
     ------
@@ -45,6 +53,8 @@ def plan_shards(
     filled = [group for group in groups if group.rows]
     if not filled:
         raise EmptyDatasetError("the dataset has no rows to share among the ranks; check the input DataFrame")
+    if shares is not None:
+        return ShardPlan(groups=tuple(filled), size=size, batch_rows=batch_rows, shares=shares)
     if not keep_order:
         order = np.random.default_rng(seed).permutation(len(filled))
         filled = [filled[index] for index in order]
@@ -65,9 +75,13 @@ def reads_of(plan: ShardPlan, rank: int) -> list[GroupRead]:
     return [GroupRead(plan.groups[index], tuple(found)) for index, found in pieces.items()]
 
 
-def filler_read(plan: ShardPlan) -> GroupRead:
-    """Name one row that a rank without a row of its own can compute on, with weight zero."""
-    return GroupRead(plan.groups[0], ((0, 1),))
+def filler_read(plan: ShardPlan, rank: int) -> GroupRead:
+    """Name one row that a rank can compute on, with weight zero, in a step in which it has no row of its own."""
+    if plan.shares is None:
+        return GroupRead(plan.groups[0], ((0, 1),))
+    # Those of other ranks may be out of reach.
+    own = reads_of(plan, rank)[0]
+    return GroupRead(own.group, ((0, 1),))
 
 
 def _intervals(plan: ShardPlan, rank: int) -> Iterator[tuple[int, int]]:

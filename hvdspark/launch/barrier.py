@@ -16,24 +16,28 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
+import cloudpickle
 import pyarrow as pa
 
 from hvdspark.errors import (
+    DataError,
     HvdSparkError,
     LaunchError,
     LaunchTimeoutError,
     ParamError,
     RendezvousError,
+    SchemaError,
     WorkerFailedError,
     closest,
+    from_plain,
 )
 from hvdspark.launch import devices, pool, topology
 from hvdspark.launch.child import Child, Failure, Outcome
 from hvdspark.launch.gloo import RendezvousServer, gloo_environment
-from hvdspark.launch.meeting import gather
+from hvdspark.launch.meeting import Offer, agree, exchange
 from hvdspark.launch.process import Recipe, recipe_of
 from hvdspark.launch.slots import check_slots
 from hvdspark.plan import RankContext, StoreRef
@@ -41,7 +45,9 @@ from hvdspark.store import Store
 
 if TYPE_CHECKING:
     from pyspark import BarrierTaskContext
-    from pyspark.sql import Row, SparkSession
+    from pyspark.sql import DataFrame, Row, SparkSession
+
+    from hvdspark.data.feed import FedStage, RowFeed, TakenRows
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +55,7 @@ CONTROLLERS = ("gloo",)
 
 _SCHEMA = "rank long, result binary, failure string"
 _MEET_TIMEOUT_S = 60.0
+_FED_TIMEOUT_S = 7 * 86400.0
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,9 @@ class LaunchOptions:
             )
 
 
-def run_barrier(spark: SparkSession, num_proc: int, payload: bytes, options: LaunchOptions) -> list[bytes]:
+def run_barrier(
+    spark: SparkSession, num_proc: int, payload: bytes, options: LaunchOptions, fed: FedStage | None = None
+) -> list[bytes]:
     """Run the payload on every rank of a new Horovod job.
 
     Parameters
@@ -107,6 +116,8 @@ def run_barrier(spark: SparkSession, num_proc: int, payload: bytes, options: Lau
         The pickled work, the same for every rank; see :mod:`hvdspark.worker`. It travels as a Spark broadcast.
     options
         How to start the ranks.
+    fed
+        Rows that come with the tasks; the work then is given the plan that is made of them as its first argument.
 
     Returns
     -------
@@ -117,6 +128,8 @@ def run_barrier(spark: SparkSession, num_proc: int, payload: bytes, options: Lau
     ------
     NotEnoughSlotsError, LaunchError, RendezvousError
         When the ranks did not come up.
+    DataError, SchemaError
+        When the rows that came with the tasks cannot be trained on.
     WorkerFailedError
         When a rank failed; its message begins with the rank that failed first.
     """
@@ -124,9 +137,10 @@ def run_barrier(spark: SparkSession, num_proc: int, payload: bytes, options: Lau
     context = spark.sparkContext
     broadcast = context.broadcast(payload)
     driver_host = context.getConf().get("spark.driver.host", topology.LOOPBACK)
-    task = _task_of(broadcast, options, driver_host, secrets.token_hex(16))
+    stage = _Stage(broadcast, options, driver_host, secrets.token_hex(16), None if fed is None else fed.feed)
+    frame = spark.range(num_proc, numPartitions=num_proc) if fed is None else fed.frame
     try:
-        rows = _run_stage(spark, num_proc, task, f"hvdspark: {num_proc} ranks")
+        rows = _run_stage(frame, stage.task, f"hvdspark: {num_proc} ranks")
     except Exception as exc:
         raise _lost_stage(exc) from exc
     finally:
@@ -160,7 +174,8 @@ def warm_up(spark: SparkSession, num_proc: int, options: LaunchOptions) -> None:
 
     def launch() -> None:
         try:
-            _run_stage(spark, num_proc, task, f"hvdspark: imports ahead of {num_proc} ranks")
+            frame = spark.range(num_proc, numPartitions=num_proc)
+            _run_stage(frame, task, f"hvdspark: imports ahead of {num_proc} ranks")
         except Exception as exc:  # noqa: BLE001 - Spark's own errors are of many kinds
             logger.debug("no imports ahead: %s", exc)
 
@@ -168,62 +183,93 @@ def warm_up(spark: SparkSession, num_proc: int, options: LaunchOptions) -> None:
 
 
 def _run_stage(
-    spark: SparkSession, num_proc: int, task: Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]], text: str
+    frame: DataFrame, task: Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]], text: str
 ) -> list[Row]:
-    """Run a task on each of so many slots at once."""
-    with _described(spark, text):
-        return spark.range(num_proc, numPartitions=num_proc).mapInArrow(task, _SCHEMA, barrier=True).collect()
+    """Run a task on every partition, all at once."""
+    with _described(frame.sparkSession, text):
+        return frame.mapInArrow(task, _SCHEMA, barrier=True).collect()
 
 
-def _task_of(
-    broadcast: Any, options: LaunchOptions, driver_host: str, nonce: str
-) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
-    """Make the function that Spark runs in every task of the stage."""
+@dataclass(frozen=True)
+class _Stage:
+    """What the tasks of the stage need; travels to every one of them."""
 
-    def task(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    broadcast: Any
+    options: LaunchOptions
+    driver_host: str
+    nonce: str
+    feed: RowFeed | None
+
+    def task(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Be one task: run a rank, and answer with its result or its failure."""
         from pyspark import BarrierTaskContext
 
-        for _ in batches:
-            pass
-        rank, outcome = _run_task(BarrierTaskContext.get(), broadcast, options, driver_host, nonce)
+        rank, outcome = self._run(BarrierTaskContext.get(), batches)
         failure = json.dumps(outcome.failure.to_dict()) if outcome.failure is not None else None
         columns = {"rank": [rank], "result": [outcome.result], "failure": [failure]}
         schema = pa.schema([("rank", pa.int64()), ("result", pa.binary()), ("failure", pa.string())])
         yield pa.RecordBatch.from_pydict(columns, schema=schema)
 
-    return task
+    def _run(self, barrier: BarrierTaskContext, batches: Iterable[pa.RecordBatch]) -> tuple[int, Outcome]:
+        """Start this task's rank, take its rows and meet the other tasks meanwhile, then run it to its end."""
+        options, own, peers = self.options, barrier.partitionId(), _peers(barrier)
+        context = topology.assign_ranks(peers)[own]
+        with Child(_recipe(context, options), warm=options.warm_pool) as child, contextlib.ExitStack() as stack:
+            server, rows = None, None
+            try:
+                rows = self._take(batches, stack)
+                address = devices.own_address(peers[own].host, self.driver_host, options.nics)
+                peers[own] = dataclasses.replace(peers[own], address=address)
+                server = stack.enter_context(_rendezvous(peers, own)) if context.rank == 0 else None
+                offer = Offer(
+                    address, None if server is None else server.address, None if rows is None else rows.report
+                )
+            except (HvdSparkError, OSError) as exc:
+                offer = Offer(error=str(exc))
+            try:
+                offers = exchange(barrier, offer, self.nonce, self._patience_s)
+                peers, meeting = agree(peers, offers)
+                interface = devices.interface_of(topology.meeting_address(peers, own))
+                plan = b"" if rows is None else _planned(rows, peers, offers)
+            except (RendezvousError, DataError, SchemaError) as exc:
+                return context.rank, Outcome(failure=_failure_before(exc, context))
+            if server is not None:
+                server.admit(topology.meeting_address(peers, peer.partition) for peer in peers)
+            environment = {
+                **_settings(context, options),
+                **topology.rank_environment(context),
+                **gloo_environment(meeting, interface),
+            }
+            with _log_file(options, context) as log:
+                payload, timeout_s = self.broadcast.value, options.start_timeout_s
+                return context.rank, child.run(payload, context, environment, log, timeout_s, plan)
+
+    def _take(self, batches: Iterable[pa.RecordBatch], stack: contextlib.ExitStack) -> TakenRows | None:
+        """Take the rows that came with the task, where it is for them that it runs."""
+        if self.feed is not None:
+            return stack.enter_context(self.feed.taken(batches))
+        for _ in batches:
+            pass
+        return None
+
+    @property
+    def _patience_s(self) -> float:
+        """Seconds to wait for the other tasks: those that take rows come when Spark has computed them."""
+        return _FED_TIMEOUT_S if self.feed is not None else max(self.options.start_timeout_s, _MEET_TIMEOUT_S)
 
 
-def _run_task(
-    barrier: BarrierTaskContext, broadcast: Any, options: LaunchOptions, driver_host: str, nonce: str
-) -> tuple[int, Outcome]:
-    """Start this task's rank, meet the other tasks meanwhile, then run it to its end."""
-    own, peers = barrier.partitionId(), _peers(barrier)
-    context = topology.assign_ranks(peers)[own]
-    with Child(_recipe(context, options), warm=options.warm_pool) as child, contextlib.ExitStack() as stack:
-        try:
-            address = devices.own_address(peers[own].host, driver_host, options.nics)
-            peers[own] = dataclasses.replace(peers[own], address=address)
-            server = stack.enter_context(_rendezvous(peers, own)) if context.rank == 0 else None
-            offer = _Offer(address, server.address if server is not None else None)
-        except (HvdSparkError, OSError) as exc:
-            server, offer = None, _Offer(error=str(exc))
-        try:
-            texts = gather(barrier, json.dumps(asdict(offer)), nonce, max(options.start_timeout_s, _MEET_TIMEOUT_S))
-            peers, meeting = _agreed(peers, [_Offer(**json.loads(text)) for text in texts])
-            interface = devices.interface_of(topology.meeting_address(peers, own))
-        except RendezvousError as exc:
-            failure = Failure(context.rank, context.host, "meet", str(exc), time=time.time())
-            return context.rank, Outcome(failure=failure)
-        if server is not None:
-            server.admit(topology.meeting_address(peers, peer.partition) for peer in peers)
-        environment = {
-            **_settings(context, options),
-            **topology.rank_environment(context),
-            **gloo_environment(meeting, interface),
-        }
-        with _log_file(options, context) as log:
-            return context.rank, child.run(broadcast.value, context, environment, log, options.start_timeout_s)
+def _planned(rows: TakenRows, peers: Sequence[topology.Peer], offers: Sequence[Offer]) -> bytes:
+    """Plan the fit on the rows of all tasks; returns the plan as the rank's own argument."""
+    ranks = topology.assign_ranks(peers)
+    order = sorted(range(len(offers)), key=lambda partition: ranks[partition].rank)
+    return bytes(cloudpickle.dumps((rows.plan([offers[partition].rows or "" for partition in order]),)))
+
+
+def _failure_before(exc: HvdSparkError, context: RankContext) -> Failure:
+    """Describe what was wrong before the rank had its work."""
+    if isinstance(exc, RendezvousError):
+        return Failure(context.rank, context.host, "meet", str(exc), time=time.time())
+    return Failure(context.rank, context.host, "data", json.dumps(exc.to_plain()), time=time.time())
 
 
 def _peers(barrier: BarrierTaskContext) -> list[topology.Peer]:
@@ -244,40 +290,9 @@ def _recipe(context: RankContext, options: LaunchOptions) -> Recipe:
     return recipe_of(early, options.preload)
 
 
-@dataclass(frozen=True)
-class _Offer:
-    """What a task tells the others: its address, where ranks meet when it is the first rank, or what is wrong."""
-
-    address: str = ""
-    meeting: tuple[str, int] | None = None
-    error: str | None = None
-
-
 def _rendezvous(peers: list[topology.Peer], own: int) -> RendezvousServer:
     """Make the server through which ranks find each other; it admits nobody yet."""
     return RendezvousServer(topology.meeting_address(peers, own), (), len(peers))
-
-
-def _agreed(peers: list[topology.Peer], offers: list[_Offer]) -> tuple[list[topology.Peer], tuple[str, int]]:
-    """Return the tasks with their addresses, and where their ranks meet.
-
-    Raises
-    ------
-    RendezvousError
-        With the first error that any of the tasks has.
-    """
-    error = next((offer.error for offer in offers if offer.error is not None), None)
-    if error is not None:
-        raise RendezvousError(error)
-    known = [dataclasses.replace(peer, address=offer.address) for peer, offer in zip(peers, offers, strict=True)]
-    lost = topology.unreachable(known)
-    if lost:
-        raise RendezvousError(
-            f"host {lost[0].host} offers only the loopback address {lost[0].address} to a job over several hosts; name"
-            " an interface with nics=[…], or let the host's name resolve to its network address"
-        )
-    host, port = next(offer.meeting for offer in offers if offer.meeting is not None)
-    return known, (host, port)
 
 
 def _defaults(context: RankContext) -> dict[str, str]:
@@ -340,12 +355,14 @@ def _lost_stage(exc: Exception) -> HvdSparkError:
 
 
 # A rank that died is the cause rather than those that raised because it was gone; of several causes the first in time.
-_SEVERITY = {"user": 0, "meet": 0, "start": 0, "late": 1, "died": 1, "peer": 2}
+_SEVERITY = {"user": 0, "meet": 0, "data": 0, "start": 0, "late": 1, "died": 1, "peer": 2}
 
 
 def _error_of(failures: Sequence[Failure], options: LaunchOptions) -> HvdSparkError:
     """Make one error of all failures, which begins with the one that came first on its own account."""
     first = min(failures, key=lambda failure: (_SEVERITY[failure.kind], failure.time))
+    if first.kind == "data":
+        return from_plain(json.loads(first.error))
     parts = [f"rank {first.rank} on {first.host}: {first.error}"]
     if first.details:
         parts.append(first.details.rstrip())

@@ -37,7 +37,7 @@ TAIL_LINES = 50
 # What TensorFlow prints whenever it starts, whatever its log level; the last lines of an error have better to say.
 _NOISE = re.compile(r"absl::InitializeLog|oneDNN custom operations are on")
 
-FailureKind = Literal["user", "peer", "died", "meet", "start", "late"]
+FailureKind = Literal["user", "peer", "died", "meet", "start", "late", "data"]
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,10 @@ class Failure:
     kind
         ``"user"``: an exception in what the rank ran; ``"peer"``: it noticed that another rank was gone; ``"died"``:
         the process ended by a signal or exit; ``"meet"``: the tasks did not find each other; ``"start"``: the process
-        ended before it began its work; ``"late"``: it did not begin in time.
+        ended before it began its work; ``"late"``: it did not begin in time; ``"data"``: the rows that came with the
+        tasks cannot be trained on.
     error
-        Type and message of the exception, or what happened to the process.
+        Type and message of the exception, or what happened to the process; for ``"data"`` the exception as JSON.
     details
         The traceback, where there is one.
     log_tail
@@ -113,6 +114,7 @@ class Child:
         environment: Mapping[str, str],
         log: IO[bytes] | None,
         start_timeout_s: float,
+        own: bytes = b"",
     ) -> Outcome:
         """Give the process its work and wait for its end.
 
@@ -128,6 +130,8 @@ class Child:
             Where its output goes, besides the tail that is kept.
         start_timeout_s
             Seconds until it must have begun its work.
+        own
+            Arguments of this rank alone, as a pickled tuple; they come before those of the work.
         """
         deadline = time.monotonic() + start_timeout_s
         process = self._confirmed(context, start_timeout_s / 2)
@@ -135,7 +139,7 @@ class Child:
         pump = threading.Thread(target=_pump, args=(process.output, context, log, tail), daemon=True)
         pump.start()
         try:
-            process.hand_over(environment, payload)
+            process.hand_over(environment, payload, own)
             frames = _Frames(process, deadline)
             answer = frames.final()
             ended = time.time()

@@ -8,18 +8,72 @@ driver's, and only processes of the same user are let in.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import socket
 import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from hvdspark.errors import RendezvousError
+from hvdspark.launch import topology
 from hvdspark.launch.pool import is_own
 
 if TYPE_CHECKING:
     from pyspark import BarrierTaskContext
 
 _RETRY_S = 0.005
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a task tells the others.
+
+    Parameters
+    ----------
+    address
+        Where it can be reached.
+    meeting
+        Where ranks meet, when it is the first rank.
+    rows
+        What it found of the rows that came with it, see :class:`~hvdspark.data.feed.TakenRows`.
+    error
+        What is wrong; then there is nothing else.
+    """
+
+    address: str = ""
+    meeting: tuple[str, int] | None = None
+    rows: str | None = None
+    error: str | None = None
+
+
+def exchange(barrier: BarrierTaskContext, offer: Offer, nonce: str, timeout_s: float) -> list[Offer]:
+    """Exchange offers with all tasks of the stage; parameters, result and errors as of :func:`gather`."""
+    texts = gather(barrier, json.dumps(asdict(offer)), nonce, timeout_s)
+    return [Offer(**json.loads(text)) for text in texts]
+
+
+def agree(peers: Sequence[topology.Peer], offers: Sequence[Offer]) -> tuple[list[topology.Peer], tuple[str, int]]:
+    """Return the tasks with their addresses, and where their ranks meet.
+
+    Raises
+    ------
+    RendezvousError
+        With the first error that any of the tasks has.
+    """
+    error = next((offer.error for offer in offers if offer.error is not None), None)
+    if error is not None:
+        raise RendezvousError(error)
+    known = [dataclasses.replace(peer, address=offer.address) for peer, offer in zip(peers, offers, strict=True)]
+    lost = topology.unreachable(known)
+    if lost:
+        raise RendezvousError(
+            f"host {lost[0].host} offers only the loopback address {lost[0].address} to a job over several hosts; name"
+            " an interface with nics=[…], or let the host's name resolve to its network address"
+        )
+    host, port = next(offer.meeting for offer in offers if offer.meeting is not None)
+    return known, (host, port)
 
 
 def gather(barrier: BarrierTaskContext, text: str, nonce: str, timeout_s: float) -> list[str]:

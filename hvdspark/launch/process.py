@@ -94,9 +94,9 @@ class TrainingProcess(abc.ABC):
     def _let_go(self) -> None:
         """Have the guard end it with all that it started, and wait until all of it is gone."""
 
-    def hand_over(self, environment: Mapping[str, str], payload: bytes) -> None:
-        """Send the variables of its rank and the work; does not wait until they are taken."""
-        blocks = (json.dumps(dict(environment)).encode(), payload)
+    def hand_over(self, environment: Mapping[str, str], payload: bytes, own: bytes = b"") -> None:
+        """Send the variables of its rank, the work, and what of it is the rank's own; does not wait for any of it."""
+        blocks = (json.dumps(dict(environment)).encode(), payload, own)
         # It may still be importing, and take nothing before it is through with that.
         self._feeder = threading.Thread(target=self._feed, args=(blocks,), daemon=True)
         self._feeder.start()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -29,6 +29,10 @@ class Job:
     def modules(self) -> tuple[str, ...]:
         """What to import ahead of the call: the module of a target that is given by address."""
         return (self.target.partition(":")[0],) if isinstance(self.target, str) else ()
+
+    def after(self, *first: Any) -> Job:
+        """Return the same call with other arguments before its own."""
+        return replace(self, args=(*first, *self.args))
 
     def call(self) -> Any:
         """Make the call."""

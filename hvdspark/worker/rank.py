@@ -1,7 +1,8 @@
 """A rank: take the variables of its place and the job, run it, answer, end.
 
-It reads standard input to get them, each as a block of bytes after its length: the variables as a JSON object, then
-the pickled :class:`~hvdspark.worker.job.Job`. It answers by frames through a pipe of its own.
+It reads standard input to get them, each as a block of bytes after its length: the variables as a JSON object, the
+pickled :class:`~hvdspark.worker.job.Job`, and arguments of this rank's own as a pickled tuple, or nothing. It answers
+by frames through a pipe of its own.
 """
 
 from __future__ import annotations
@@ -59,14 +60,16 @@ def serve(answers: int) -> NoReturn:
         The descriptor through which to answer.
     """
     os.environ.update(json.loads(_read_block(sys.stdin.buffer)))
-    payload = _read_block(sys.stdin.buffer)
+    payload, own = _read_block(sys.stdin.buffer), _read_block(sys.stdin.buffer)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    _finish(_run(payload, answers))
+    _finish(_run(payload, own, answers))
 
 
-def _run(payload: bytes, answers: int) -> bool:
+def _run(payload: bytes, own: bytes, answers: int) -> bool:
     try:
         job = cloudpickle.loads(payload)
+        if own:
+            job = job.after(*cloudpickle.loads(own))
         _answer(answers, READY)
         result = cloudpickle.dumps(job.call())
     except BaseException as exc:  # noqa: BLE001 - whatever it is, the driver must hear of it

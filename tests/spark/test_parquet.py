@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hvdspark.estimators.sources import Dataset, ParquetSource
+from hvdspark.estimators.sources import ParquetSource
 from pyspark.ml.linalg import Vectors
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
@@ -18,10 +18,11 @@ from hvdspark.data.columns import column_spec, spark_schema
 from hvdspark.data.materialize import materialize
 from hvdspark.data.parquet import survey
 from hvdspark.data.partitions import Split
+from hvdspark.data.planning import FitDraft
 from hvdspark.data.reader import ShardReader
 from hvdspark.data.shards import plan_shards, reads_of
 from hvdspark.errors import EmptyDatasetError, NullValueError, ParamError, RaggedArrayError, SchemaError, StoreError
-from hvdspark.plan import ColumnSpec, RowGroup
+from hvdspark.plan import BatchSpec, ColumnSpec, FitPlan, RowGroup, StoreRef, TensorSpec
 
 EPOCH = datetime.datetime(1970, 1, 1)
 MICROSECOND = datetime.timedelta(microseconds=1)
@@ -34,10 +35,12 @@ def read(store: Store, columns: Any, groups: tuple[RowGroup, ...]) -> dict[str, 
     return {name: np.concatenate([np.asarray(blocks[name]) for blocks in found]) for name in found[0]}
 
 
-def provided(spark: SparkSession, path: str, validation_path: str | None, columns: tuple[ColumnSpec, ...]) -> Dataset:
-    source = ParquetSource(spark, path, validation_path)
-    with source.dataset(Store.create("unused"), columns, Split()) as dataset:
-        return dataset
+def plan_of(source: ParquetSource, columns: tuple[ColumnSpec, ...]) -> FitPlan:
+    batch = BatchSpec(tuple(TensorSpec((column.name,)) for column in columns), ())
+    draft = FitDraft("run", StoreRef("unused"), columns, batch, Split(), 1, 10, 10, 1, False, 0)
+    with source.provided(draft, lambda: None) as work:
+        assert work.plan is not None
+        return work.plan
 
 
 def test_files_of_spark_are_read_value_by_value(spark: SparkSession, tmp_path: Path) -> None:
@@ -120,10 +123,11 @@ def test_training_and_validation_files_in_different_folders_make_one_dataset(
     paths = [str(tmp_path / "a" / "train"), str(tmp_path / "val")]
     for path, rows in zip(paths, (30, 4), strict=True):
         spark.range(rows).write.parquet(path)
-    dataset = provided(spark, *paths, (ID,))
-    assert (dataset.manifest.rows("train"), dataset.manifest.rows("val")) == (30, 4)
-    for split, rows in (("train", 30), ("val", 4)):
-        values = read(dataset.store, dataset.manifest.columns, dataset.manifest.splits[split])
+    plan = plan_of(ParquetSource(spark, *paths), (ID,))
+    assert plan.data is not None
+    assert plan.val is not None
+    for shards, rows in ((plan.train, 30), (plan.val, 4)):
+        values = read(Store.from_ref(plan.data), plan.columns, shards.groups)
         assert sorted(values["id"][:, 0]) == list(range(rows))
 
 
@@ -134,9 +138,11 @@ def test_a_dataset_that_a_fit_wrote_is_taken_with_its_split(spark: SparkSession,
     source = ParquetSource(spark, store.url_of(folder), None)
     assert source.schema == spark_schema(manifest.columns)
     source.check(0.1)
-    dataset = provided(spark, store.url_of(folder), None, columns)
-    assert dataset.manifest == manifest
-    values = read(dataset.store, manifest.columns, manifest.splits["val"])
+    plan = plan_of(source, columns)
+    assert plan.data is not None
+    assert plan.val is not None
+    assert (plan.train.rows, plan.columns) == (50, manifest.columns)
+    values = read(Store.from_ref(plan.data), plan.columns, plan.val.groups)
     np.testing.assert_array_equal(values["a"][:, 0], values["id"][:, 0])
     assert sorted(values["id"][:, 0]) == list(range(1, 100, 2))
 

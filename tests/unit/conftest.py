@@ -14,7 +14,7 @@ import pytest
 from pyspark import TaskContext
 
 from hvdspark import Store
-from hvdspark.data import partitions as writing
+from hvdspark.data import files
 from hvdspark.data.materialize import materialize
 from hvdspark.data.partitions import Split
 from hvdspark.plan import ColumnSpec, Manifest
@@ -90,11 +90,11 @@ def write_dataset(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Wri
         columns: Sequence[ColumnSpec],
         partitions: Sequence[Partition],
         split: Split | None = None,
-        group_bytes: int = writing.ROW_GROUP_BYTES,
+        group_bytes: int = files.ROW_GROUP_BYTES,
     ) -> Written:
         store = Store.create(tmp_path_factory.mktemp("store"))
         frame: Any = ArrowFrame(partitions)
-        with mock.patch.object(writing, "ROW_GROUP_BYTES", group_bytes):
+        with mock.patch.object(files, "ROW_GROUP_BYTES", group_bytes):
             dataset, manifest = materialize(frame, columns, split or Split(), store)
         return Written(store, dataset, manifest)
 

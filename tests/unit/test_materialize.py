@@ -320,7 +320,7 @@ class BreakingFrame:
 def test_a_task_that_breaks_leaves_no_file_and_no_manifest(
     tmp_path: Path, arrow_frame: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, before: int, files: int
 ) -> None:
-    monkeypatch.setattr("hvdspark.data.partitions.ROW_GROUP_BYTES", 16)
+    monkeypatch.setattr("hvdspark.data.files.ROW_GROUP_BYTES", 16)
     store = Store.create(tmp_path / "store")
     breaking = Breaking(store, *[batch(x=[4, 5, 6], v=[0, 0, int(number > 1)]) for number in range(before)])
     frame: Any = BreakingFrame(arrow_frame([[batch(x=[1, 2, 3], v=[0, 0, 0])], breaking]))

@@ -49,6 +49,7 @@ GOOD: dict[str, tuple[Any, Any]] = {
     "train_steps_per_epoch": (100, 100),
     "validation_steps_per_epoch": (10, 10),
     "train_reader_num_workers": (4, 4),
+    "data": ("direct", "direct"),
     "keep_dataset": (False, False),
     "cache": ("disk", "disk"),
     "inmemory_cache_all": (True, True),

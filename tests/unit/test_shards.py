@@ -91,7 +91,7 @@ def test_one_row_for_two_ranks_leaves_one_rank_idle() -> None:
     plan = plan_shards(groups_of([1]), 2, 8, keep_order=False)
     assert (plan.steps, plan.has_idle_steps) == (1, True)
     assert [plan.rows_at(rank, 0) for rank in range(2)] == [1, 0]
-    assert filler_read(plan).rows == 1
+    assert filler_read(plan, 0).rows == 1
 
 
 def test_no_rows_are_refused() -> None:

@@ -1,0 +1,163 @@
+"""Rows straight from Spark's tasks to their ranks, without a dataset in between.
+
+Each task of the barrier stage writes its partition's rows to Arrow files on its own host's disk, which the rank maps
+into memory; they go with the task. What the tasks found is told to all of them, so that each makes the same plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+from pyspark.sql import types as T
+
+from hvdspark.data.capacity import scratch_folder
+from hvdspark.data.files import ARROW
+from hvdspark.data.materialize import by_position, merge
+from hvdspark.data.partitions import TRAIN, VAL, PartitionReport, PartitionWriter, Split
+from hvdspark.data.planning import FitDraft
+from hvdspark.errors import EmptyDatasetError
+from hvdspark.plan import FitPlan
+from hvdspark.store import Store
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+
+_ROWS = "rows"
+
+# No column of the user's is called that.
+_HELD_OUT = "hvdspark: held out"
+
+
+@dataclass(frozen=True)
+class RowFeed:
+    """What a task does with its partition's rows, so that its rank can train on them; travels to every task.
+
+    Parameters
+    ----------
+    names
+        Names of the columns that the batches have, by position.
+    draft
+        The fit.
+    """
+
+    names: tuple[str, ...]
+    draft: FitDraft
+
+    @contextmanager
+    def taken(self, batches: Iterable[pa.RecordBatch]) -> Iterator[TakenRows]:
+        """Keep a partition's rows on this host for the time of a block."""
+        with tempfile.TemporaryDirectory(prefix="hvdspark-rows-", dir=scratch_folder()) as folder:
+            store = Store.create(folder)
+            writer = PartitionWriter(self.draft.columns, self.draft.split, store.ref(), _ROWS, suffix=ARROW)
+            report = writer.write(batch.rename_columns(list(self.names)) for batch in batches)
+            yield TakenRows(self.draft, store, report.to_json())
+
+
+@dataclass(frozen=True)
+class TakenRows:
+    """A partition's rows on the host of its task.
+
+    Parameters
+    ----------
+    draft
+        The fit that they are for.
+    store
+        Where they are.
+    report
+        What the task found, as JSON.
+    """
+
+    draft: FitDraft
+    store: Store
+    report: str
+
+    def plan(self, reports: Sequence[str]) -> FitPlan:
+        """Plan the fit, as every other task does.
+
+        Parameters
+        ----------
+        reports
+            The reports of all tasks, by rank.
+
+        Raises
+        ------
+        DataError, SchemaError
+            When the rows cannot be trained on; the same in every task.
+        """
+        # By rank, not by partition: the plan's row groups are in the order of the ranks that have them.
+        found = [
+            dataclasses.replace(PartitionReport.from_json(text), partition=rank) for rank, text in enumerate(reports)
+        ]
+        manifest = merge(self.draft.columns, found, self.draft.split)
+        shares = {
+            split: tuple(sum(group.rows for group in report.groups.get(split, ())) for report in found)
+            for split in (TRAIN, VAL)
+        }
+        if 0 in shares[TRAIN]:
+            raise EmptyDatasetError(
+                f"rank {shares[TRAIN].index(0)} of {len(found)} was given none of the {manifest.rows(TRAIN)} training"
+                " rows; lower num_proc, or leave out data='direct', which can share out fewer rows than ranks"
+            )
+        return self.draft.complete(manifest, self.store.ref(), _ROWS, shares)
+
+
+@dataclass(frozen=True)
+class FedStage:
+    """Rows that come with the tasks of a barrier stage.
+
+    Parameters
+    ----------
+    frame
+        The rows, one partition per task.
+    feed
+        What each task does with its own.
+    """
+
+    frame: DataFrame
+    feed: RowFeed
+
+
+def fed_stage(df: DataFrame, draft: FitDraft) -> FedStage:
+    """Share a DataFrame's rows out among the ranks of a fit.
+
+    Spark deals the rows of each of its partitions round the ranks, so that these differ by no more rows than there are
+    partitions.
+
+    Parameters
+    ----------
+    df
+        The rows.
+    draft
+        The fit. Of its split come the same rows as in a dataset.
+    """
+    split, names = draft.split, [column.name for column in draft.columns]
+    if split.column is not None and split.column not in names:
+        names.append(split.column)
+    rows = by_position(df, names)
+    if split.fraction:
+        marked = T.StructType([*rows.schema.fields, T.StructField(f"c{len(names)}", T.BooleanType())])
+        rows = rows.mapInArrow(_hold_out(split), marked)
+        names.append(_HELD_OUT)
+        draft = dataclasses.replace(draft, split=Split(column=_HELD_OUT, seed=split.seed))
+    return FedStage(rows.repartition(draft.size), RowFeed(tuple(names), draft))
+
+
+def _hold_out(split: Split) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    """Make a function that marks validation rows in a last column, before rows leave their partition."""
+
+    def mark(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        from pyspark import TaskContext
+
+        context = TaskContext.get()
+        random = split.generator(context.partitionId() if context is not None else 0)
+        for batch in batches:
+            columns = [*batch.columns, pa.array(random.random(batch.num_rows) < split.fraction)]
+            yield pa.RecordBatch.from_arrays(columns, names=[*batch.schema.names, f"c{batch.num_columns}"])
+
+    return mark
