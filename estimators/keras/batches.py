@@ -134,6 +134,8 @@ class Batches:
         rows = self._shards.batch_rows
         dtypes = [tensor.dtype for tensor in self._structure]
 
+        # Traced as it is: AutoGraph would translate all that the packing calls, which takes longer than a short epoch.
+        @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
         def cut(*chunk: tf.Tensor) -> tf.data.Dataset:
             cast = [tf.cast(tensor, dtype) for tensor, dtype in zip(chunk, dtypes, strict=True)]
             return tf.data.Dataset.from_tensors(pack(*cast)).rebatch(rows)

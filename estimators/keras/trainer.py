@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -131,8 +132,7 @@ class _Training:
         variables = self._model.trainable_variables
         if not optimizer.built:
             optimizer.build(variables)
-        if size > 1:
-            hvd.broadcast_variables([v.value for v in (*self._model.weights, *optimizer.variables)], root_rank=0)
+        self._agree([*self._model.weights, *optimizer.variables])
         allreduce = choose_allreduce(spec.allreduce, self._session, variables, spec.compression)
         self._reducer = GradientReducer(allreduce, spec.passes_per_step)
         self._reducer.attach(optimizer, variables)
@@ -142,6 +142,18 @@ class _Training:
         self._val_steps = self._compiled_validation()
         if self._val_batches is not None:
             self._val_data = self._val_batches.data(self._pack, 1)
+
+    def _agree(self, variables: Sequence[Any]) -> None:
+        """Give all ranks the first one's variables, should any differ: they come from one file and one seed."""
+        context = self._session.context
+        digest = hashlib.blake2b(digest_size=6)  # a float64 holds it exactly
+        for variable in variables:
+            digest.update(np.ascontiguousarray(variable).tobytes())
+        found = np.zeros(context.size)
+        found[context.rank] = int.from_bytes(digest.digest(), "big")
+        found = self._session.sum(found, "hvdspark_digests")
+        if (found != found[0]).any():
+            hvd.broadcast_variables([variable.value for variable in variables], root_rank=0)
 
     def _diverge(self) -> None:
         """Let ranks differ from here on where chance is wanted, as in dropout and in the user's own code."""

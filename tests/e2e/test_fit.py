@@ -228,7 +228,7 @@ def test_each_rank_reads_its_rows_once_whatever_the_partitions(
                 batches = Batches(plan, shards, rank, shuffle=shuffle, workers=2)
                 taken = list(batches.steps(lambda *flat: (flat[0], flat[1]), 2, 1).as_numpy_iterator())
                 steps.add(len(taken))
-                for number, ((_, ids), own, total, apply) in enumerate(taken):
+                for number, ((_, ids), (own, total, apply)) in enumerate(taken):
                     assert apply
                     assert 0 < total <= 16 * ranks
                     if own:
@@ -422,16 +422,16 @@ def test_the_same_dataframe_again_is_not_written_again_unless_its_source_changed
 
     frame(spark, linear_rows(300)).write.parquet(source)
     df = spark.read.parquet(source)
-    first = jobs_of_a_fit("first")
+    assert jobs_of_a_fit("first") > 1
     (dataset,) = store.list("datasets")
-    assert jobs_of_a_fit("again", epochs=2) == first - 1, "the stage of the ranks alone"
+    assert jobs_of_a_fit("again", epochs=2) == 1, "the stage of the ranks alone"
     assert store.list("datasets") == [dataset]
 
     frame(spark, linear_rows(200)).write.mode("overwrite").parquet(source)
     df = spark.read.parquet(source)
-    assert jobs_of_a_fit("changed", keep_dataset=True) == first
+    assert jobs_of_a_fit("changed", keep_dataset=True) > 1
     assert len(store.list("datasets")) == 2
-    assert jobs_of_a_fit("not kept", keep_dataset=False) == first
+    assert jobs_of_a_fit("not kept", keep_dataset=False) > 1
     assert len(store.list("datasets")) == 2
     assert len(store.gc(max_bytes=0)) == 2
     assert store.list("datasets") == []

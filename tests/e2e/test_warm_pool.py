@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -94,7 +95,12 @@ def endless(spark: SparkSession, tmp_path: Path) -> Iterator[dict[str, Any]]:
 
 
 def descendants(mark: str) -> list[psutil.Process]:
-    return [process for process in psutil.Process().children(recursive=True) if mark in " ".join(process.cmdline())]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that has just ended
+            if mark in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def test_killed_tasks_take_their_ranks_along_but_not_the_pool(spark: SparkSession, endless: dict[str, Any]) -> None:
