@@ -23,8 +23,12 @@ class StepClock:
         with tf.control_dependencies([began]):
             found = next(iterator)
         with tf.control_dependencies(tf.nest.flatten(found, expand_composites=True)):
-            self._waited_s.assign_add(tf.timestamp() - began)
-        return found
+            ended = tf.timestamp()
+        self._waited_s.assign_add(ended - began)
+        # Nothing may use what has come before the clock was read: of all that is ready then, TensorFlow's only thread
+        # could take the clock last.
+        with tf.control_dependencies([ended]):
+            return tf.nest.map_structure(tf.identity, found, expand_composites=True)
 
     def start(self) -> None:
         """Begin an epoch."""

@@ -288,6 +288,8 @@ class _Training:
 
         def steps(iterator: Any, count: tf.Tensor) -> None:
             for _ in tf.range(count):
+                # One after the other: a step that began early would count the one before as waiting.
+                tf.autograph.experimental.set_loop_options(parallel_iterations=1)
                 step(iterator)
 
         return steps if model.run_eagerly else tf.function(steps, jit_compile=False)
