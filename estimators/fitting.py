@@ -24,7 +24,7 @@ from pyspark.sql.types import StructType
 from hvdspark.data.partitions import Split
 from hvdspark.data.planning import FitDraft
 from hvdspark.errors import ParamError
-from hvdspark.launch.barrier import run_barrier, warm_up
+from hvdspark.launch.barrier import LaunchOptions, run_barrier, warm_up
 from hvdspark.launch.slots import check_slots, count_slots
 from hvdspark.plan import BatchSpec, ColumnSpec, FitPlan, TrainResult
 from hvdspark.predict import scored_schema
@@ -59,19 +59,17 @@ class Fit:
         """Fit, and return the model."""
         estimator, session = self._estimator, self._source.session
         with self._timed("check"):
-            store, columns, batch, num_proc = self._check(session)
-        options = estimator._launch_options(self._run_id, store)
-        draft = self._draft(store, columns, batch, num_proc)
+            store, draft, options = self._check(session)
         with ExitStack() as stack:
             with self._timed("write"):
-                meanwhile = partial(warm_up, session, num_proc, options)
+                meanwhile = partial(warm_up, session, draft.size, options)
                 work = stack.enter_context(self._source.provided(draft, meanwhile))
             job = estimator._job()
             if work.plan is not None:
                 self._describe(work.plan)
                 job = job.after(work.plan)
             with self._timed("launch"):
-                answers = run_barrier(session, num_proc, cloudpickle.dumps(job), options, work.rows)
+                answers = run_barrier(session, draft.size, cloudpickle.dumps(job), options, work.rows)
         # The answer came through Spark's own channel from a process that this fit started.
         result: TrainResult = cloudpickle.loads(answers[0])
         with self._timed("publish"):
@@ -85,8 +83,8 @@ class Fit:
         self._say(f"{result.rows_per_s:,.0f} rows per second; steps waited {result.data_wait_share:.1%} for rows")
         return model
 
-    def _check(self, session: SparkSession) -> tuple[Store, tuple[ColumnSpec, ...], BatchSpec, int]:
-        """Find every error that can be found without a Spark job."""
+    def _check(self, session: SparkSession) -> tuple[Store, FitDraft, LaunchOptions]:
+        """Find every error that can be found without a Spark job; returns what the fit goes by."""
         estimator = self._estimator
         estimator._check()
         store = estimator._required("store")
@@ -102,15 +100,16 @@ class Fit:
             # What transform would refuse is found out now, not after the training.
             scored_schema(StructType(), planned_outputs(estimator, outputs))
         num_proc = estimator._value("num_proc") or count_slots(session)
-        estimator._cache()
-        check_slots(session, num_proc, estimator._launch_options(self._run_id, store).slots_timeout_s)
+        draft = self._draft(store, columns, batch, num_proc)
+        options = estimator._launch_options(self._run_id, store)
+        check_slots(session, num_proc, options.slots_timeout_s)
         store.check_writable()
         if store.exists(run_folder(self._run_id)):
             raise ParamError(
                 f"run_id='{self._run_id}' exists already in {store}; give another one, or none for a new one",
                 param="run_id",
             )
-        return store, columns, batch, num_proc
+        return store, draft, options
 
     def _split(self) -> Split:
         validation = self._estimator._value("validation")

@@ -75,7 +75,20 @@ class RowSource(abc.ABC):
         """
 
 
-class FrameSource(RowSource):
+class _FrameRows(RowSource):
+    """The rows of a DataFrame, however they come to the ranks."""
+
+    def __init__(self, df: DataFrame) -> None:
+        self.session = df.sparkSession
+        self.schema = df.schema
+        self._df = df
+
+    def check(self, validation: float | str | None) -> None:
+        """Refuse a validation column that does not tell rows apart."""
+        schema.split_condition(self.schema, validation)
+
+
+class FrameSource(_FrameRows):
     """The rows of a DataFrame, written into the Store unless an earlier fit did that.
 
     Parameters
@@ -89,15 +102,9 @@ class FrameSource(RowSource):
     """
 
     def __init__(self, df: DataFrame, store: Store, *, keep: bool) -> None:
-        self.session = df.sparkSession
-        self.schema = df.schema
-        self._df = df
+        super().__init__(df)
         self._store = store
         self._keep = keep
-
-    def check(self, validation: float | str | None) -> None:
-        """Refuse a validation column that does not tell rows apart."""
-        schema.split_condition(self.schema, validation)
 
     @contextmanager
     def provided(self, draft: FitDraft, meanwhile: Callable[[], None]) -> Iterator[Work]:
@@ -116,7 +123,7 @@ class FrameSource(RowSource):
             yield Work(draft.complete(load_manifest(store, folder), draft.store, folder))
 
 
-class FedSource(RowSource):
+class FedSource(_FrameRows):
     """The rows of a DataFrame, handed to the ranks without a dataset in between.
 
     Parameters
@@ -124,15 +131,6 @@ class FedSource(RowSource):
     df
         The rows.
     """
-
-    def __init__(self, df: DataFrame) -> None:
-        self.session = df.sparkSession
-        self.schema = df.schema
-        self._df = df
-
-    def check(self, validation: float | str | None) -> None:
-        """Refuse a validation column that does not tell rows apart."""
-        schema.split_condition(self.schema, validation)
 
     @contextmanager
     def provided(self, draft: FitDraft, meanwhile: Callable[[], None]) -> Iterator[Work]:  # noqa: ARG002

@@ -111,10 +111,7 @@ class _Training:
 
     def _longest_wait(self) -> float:
         """Return the share of time that steps waited for rows, of the rank that waited longest."""
-        context = self._session.context
-        shares = np.zeros(context.size)
-        shares[context.rank] = self._clock.wait_share
-        return float(self._session.sum(shares, "hvdspark_data_wait").max())
+        return float(self._session.gather(self._clock.wait_share, "hvdspark_data_wait").max())
 
     def _prepare(self) -> None:
         """Make the model, the same on every rank, and the compiled functions."""
@@ -145,13 +142,10 @@ class _Training:
 
     def _agree(self, variables: Sequence[Any]) -> None:
         """Give all ranks the first one's variables, should any differ: they come from one file and one seed."""
-        context = self._session.context
         digest = hashlib.blake2b(digest_size=6)  # a float64 holds it exactly
         for variable in variables:
             digest.update(np.ascontiguousarray(variable).tobytes())
-        found = np.zeros(context.size)
-        found[context.rank] = int.from_bytes(digest.digest(), "big")
-        found = self._session.sum(found, "hvdspark_digests")
+        found = self._session.gather(int.from_bytes(digest.digest(), "big"), "hvdspark_digests")
         if (found != found[0]).any():
             hvd.broadcast_variables([variable.value for variable in variables], root_rank=0)
 

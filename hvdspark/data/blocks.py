@@ -89,6 +89,21 @@ def concatenate(blocks: Sequence[AnyBlock]) -> AnyBlock:
     return np.concatenate([block for block in blocks if isinstance(block, np.ndarray)])
 
 
+def row_count(blocks: Mapping[str, AnyBlock]) -> int:
+    """Count the rows that columns have."""
+    return len(next(iter(blocks.values())))
+
+
+def size_bytes(blocks: Mapping[str, AnyBlock]) -> int:
+    """Count the bytes that columns take as they are."""
+    return sum(block.nbytes for block in blocks.values())
+
+
+def join(items: Sequence[Blocks]) -> Blocks:
+    """Put the rows of several blocks of the same columns one after the other."""
+    return {name: concatenate([item[name] for item in items]) for name in items[0]}
+
+
 def take(block: AnyBlock, rows: slice | npt.NDArray[np.int64]) -> AnyBlock:
     """Return some rows of a block, in the order given."""
     # np.take is several times faster than block[rows]; but of an array with gaps it would first copy the whole.
@@ -138,7 +153,7 @@ def late_slices(blocks: Mapping[str, AnyBlock], max_rows: int | None = None) -> 
     max_rows
         Rows of a slice at most; by default arrays are not cut at all.
     """
-    rows = len(next(iter(blocks.values())))
+    rows = row_count(blocks)
     row_bytes = sum(block.dense_row_bytes for block in blocks.values() if isinstance(block, LateBlock))
     limit = rows if max_rows is None else max_rows
     if row_bytes:

@@ -19,7 +19,7 @@ from pyspark.sql import types as T
 from hvdspark.data.capacity import scratch_folder
 from hvdspark.data.files import ARROW
 from hvdspark.data.materialize import by_position, merge
-from hvdspark.data.partitions import TRAIN, VAL, PartitionReport, PartitionWriter, Split
+from hvdspark.data.partitions import TRAIN, VAL, PartitionReport, PartitionWriter, Split, own_partition
 from hvdspark.data.planning import FitDraft
 from hvdspark.errors import EmptyDatasetError
 from hvdspark.plan import FitPlan
@@ -136,9 +136,8 @@ def fed_stage(df: DataFrame, draft: FitDraft) -> FedStage:
     draft
         The fit. Of its split come the same rows as in a dataset.
     """
-    split, names = draft.split, [column.name for column in draft.columns]
-    if split.column is not None and split.column not in names:
-        names.append(split.column)
+    split = draft.split
+    names = split.names_read(draft.columns)
     rows = by_position(df, names)
     if split.fraction:
         marked = T.StructType([*rows.schema.fields, T.StructField(f"c{len(names)}", T.BooleanType())])
@@ -152,10 +151,7 @@ def _hold_out(split: Split) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.
     """Make a function that marks validation rows in a last column, before rows leave their partition."""
 
     def mark(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        from pyspark import TaskContext
-
-        context = TaskContext.get()
-        random = split.generator(context.partitionId() if context is not None else 0)
+        random = split.generator(own_partition())
         for batch in batches:
             columns = [*batch.columns, pa.array(random.random(batch.num_rows) < split.fraction)]
             yield pa.RecordBatch.from_arrays(columns, names=[*batch.schema.names, f"c{batch.num_columns}"])

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hvdspark.data.blocks import Blocks, concatenate
+from hvdspark.data.blocks import Blocks, join, row_count, size_bytes
 from hvdspark.data.storage import to_parquet
 from hvdspark.plan import RowGroup
 from hvdspark.store import Store
@@ -51,10 +51,9 @@ class RowFile:
 
     def append(self, blocks: Blocks) -> None:
         """Add rows."""
-        rows = len(next(iter(blocks.values())))
+        rows = row_count(blocks)
         # Rows of images or sparse vectors differ: a group has as many as would fit if all were like these.
-        size_bytes = sum(block.nbytes for block in blocks.values())
-        self._group_rows = int(np.clip(ROW_GROUP_BYTES * rows // max(size_bytes, 1), 1, MAX_ROW_GROUP_ROWS))
+        self._group_rows = int(np.clip(ROW_GROUP_BYTES * rows // max(size_bytes(blocks), 1), 1, MAX_ROW_GROUP_ROWS))
         self._buffer.append(blocks)
         self._buffered += rows
         while self._buffered >= self._group_rows:
@@ -85,8 +84,7 @@ class RowFile:
             self._store.filesystem.rm_file(self._path)
 
     def _flush(self, rows: int) -> None:
-        names = list(self._buffer[0])
-        whole = {name: concatenate([blocks[name] for blocks in self._buffer]) for name in names}
+        whole = join(self._buffer)
         table = pa.table({name: to_parquet(block[:rows]) for name, block in whole.items()})
         self._open(table.schema).write_table(table, rows)
         self._groups.append(RowGroup(self._name, len(self._groups), rows))

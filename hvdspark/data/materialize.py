@@ -18,7 +18,8 @@ import json
 import pickle
 import posixpath
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -81,11 +82,9 @@ def materialize(
         When the rows cannot be trained on; nothing stays in the Store then.
     """
     dataset = dataset or posixpath.join(DATASETS, uuid.uuid4().hex)
-    names = [column.name for column in columns]
-    extra = [split.column] if split.column is not None and split.column not in names else []
     try:
         writer = PartitionWriter(tuple(columns), split, store.ref(), dataset)
-        wanted = [*names, *extra]
+        wanted = split.names_read(columns)
         found = by_position(df, wanted).mapInArrow(_task_of(writer, wanted), "report string").collect()
         reports = [PartitionReport.from_json(row["report"]) for row in found]
         manifest = merge(columns, reports, split)
@@ -128,7 +127,7 @@ def load_manifest(store: Store, dataset: str) -> Manifest:
     CorruptDatasetError
         When it has none, so that it is not whole.
     """
-    place = f"{dataset}/{MANIFEST}" if dataset else MANIFEST
+    place = posixpath.join(dataset, MANIFEST)
     if not store.exists(place):
         raise CorruptDatasetError(
             f"there is no {store.url_of(place)}: the dataset was not written to its end, or hvdspark did not write it"
@@ -166,7 +165,7 @@ def _task_of(
 def merge(columns: Sequence[ColumnSpec], reports: Iterable[PartitionReport], split: Split) -> Manifest:
     """Check what the tasks found and list their row groups in partition order."""
     ordered = sorted(reports, key=lambda report: report.partition)
-    _refuse_nulls(ordered)
+    refuse_nulls(_total(report.nulls for report in ordered))
     layouts = _common_layouts(columns, ordered)
     splits = {
         name: tuple(group for report in ordered for group in report.groups.get(name, ())) for name in (TRAIN, VAL)
@@ -187,11 +186,8 @@ def merge(columns: Sequence[ColumnSpec], reports: Iterable[PartitionReport], spl
     return manifest
 
 
-def _refuse_nulls(reports: Iterable[PartitionReport]) -> None:
-    counts: dict[str, int] = {}
-    for report in reports:
-        for name, count in report.nulls.items():
-            counts[name] = counts.get(name, 0) + count
+def refuse_nulls(counts: Mapping[str, int]) -> None:
+    """Raise :class:`NullValueError` where any column has nulls that nothing fills."""
     if counts:
         name, count = max(counts.items(), key=lambda item: item[1])
         others = f" (also: {', '.join(sorted(set(counts) - {name}))})" if len(counts) > 1 else ""
@@ -202,6 +198,13 @@ def _refuse_nulls(reports: Iterable[PartitionReport]) -> None:
             column=name,
             count=count,
         )
+
+
+def _total(counts: Iterable[Mapping[str, int]]) -> Mapping[str, int]:
+    total: Counter[str] = Counter()
+    for found in counts:
+        total.update(found)
+    return total
 
 
 def _common_layouts(columns: Sequence[ColumnSpec], reports: Iterable[PartitionReport]) -> dict[str, Layout]:

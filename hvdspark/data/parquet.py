@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 
 import pyarrow.parquet as pq
 
+from hvdspark.data.materialize import refuse_nulls
 from hvdspark.data.partitions import Layout
-from hvdspark.errors import EmptyDatasetError, NullValueError, StoreError
+from hvdspark.errors import EmptyDatasetError, StoreError
 from hvdspark.plan import ColumnSpec, GroupRead, RowGroup
 from hvdspark.store import Store
 
@@ -93,15 +94,9 @@ def survey(url: str, columns: Sequence[ColumnSpec]) -> Survey:
     )
     if not groups:
         raise EmptyDatasetError(f"{url} has no rows in {len(paths)} Parquet files")
-    for column in columns:
-        nulls = sum(_count_nulls(footer, column.name) for footer in footers)
-        if nulls and column.fill is None:
-            raise NullValueError(
-                f"column '{column.name}' has {nulls} nulls; fill them (fill_nulls={{'{column.name}': …}}), or drop the"
-                " rows",
-                column=column.name,
-                count=nulls,
-            )
+    unfilled = [column.name for column in columns if column.fill is None]
+    nulls = {name: sum(_count_nulls(footer, name) for footer in footers) for name in unfilled}
+    refuse_nulls({name: count for name, count in nulls.items() if count})
     # Here and not above, because importing Petastorm takes a second, which other fits need not wait.
     from hvdspark.data.reader import read_group
 

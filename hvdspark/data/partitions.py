@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,9 +52,22 @@ class Split:
         """Whether any row may go to validation."""
         return self.fraction > 0 or self.column is not None
 
+    def names_read(self, columns: Sequence[ColumnSpec]) -> list[str]:
+        """Name what must be read to store columns and to tell their rows apart, each column once."""
+        names = [column.name for column in columns]
+        return names if self.column is None or self.column in names else [*names, self.column]
+
     def generator(self, partition: int) -> np.random.Generator:
         """Return the generator that tells the rows of a partition apart, one number per row in order."""
         return np.random.default_rng([self.seed, partition])
+
+
+def own_partition() -> int:
+    """Return the number of the partition whose task this is; zero outside of Spark."""
+    from pyspark import TaskContext
+
+    context = TaskContext.get()
+    return context.partitionId() if context is not None else 0
 
 
 @dataclass(frozen=True)
@@ -148,10 +161,7 @@ class PartitionWriter:
 
     def write(self, batches: Iterable[pa.RecordBatch]) -> PartitionReport:
         """Write the partition's batches; a file that is not finished is removed when anything goes wrong."""
-        from pyspark import TaskContext
-
-        context = TaskContext.get()
-        partition = context.partitionId() if context is not None else 0
+        partition = own_partition()
         report = PartitionReport(partition)
         random = self.split.generator(partition)
         # The random part keeps attempts of one task apart, wherever and whenever they run.

@@ -8,6 +8,7 @@ pickle; the manifest says all that is needed.
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Sequence
 from typing import Any
 
@@ -132,7 +133,7 @@ def read_group(
         When the file is missing or damaged, or holds another number of rows than the manifest says.
     """
     group = read.group
-    place = f"{dataset}/{group.path}" if dataset else group.path
+    place = posixpath.join(dataset, group.path)
     try:
         found = read_columns(store, place, group.index, [spec.name for spec in columns], verify=verify)
         blocks = {spec.name: from_parquet(found[spec.name], spec, verify=verify) for spec in columns}

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from hvdspark.data.blocks import AnyBlock, Block, Blocks
+from hvdspark.data.blocks import AnyBlock, Block, Blocks, row_count, size_bytes
 from hvdspark.data.capacity import free_disk_bytes, free_memory_bytes, scratch_folder
 from hvdspark.plan import CacheMode, GroupRead
 
@@ -167,7 +167,7 @@ class ShardCache:
     def _begin(self, blocks: Blocks) -> Place:
         """Choose the place by the first row group that comes, and make the columns."""
         total = self._offsets[-1]
-        needed_bytes = sum(block.nbytes for block in blocks.values()) * total // len(next(iter(blocks.values())))
+        needed_bytes = size_bytes(blocks) * total // row_count(blocks)
         mappable = all(isinstance(block, np.ndarray) for block in blocks.values())
         place = self._room.reserve(self._mode, needed_bytes, mappable=mappable)
         if place == "none":

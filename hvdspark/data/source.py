@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from hvdspark.data.blocks import Blocks, concatenate, stack, take
+from hvdspark.data.blocks import Blocks, join, row_count, size_bytes, stack, take
 from hvdspark.data.reader import ShardReader
 from hvdspark.data.shardcache import CacheRoom, ShardCache
 from hvdspark.plan import CacheMode, ColumnSpec, GroupRead
@@ -50,7 +50,7 @@ class BlockSource:
     workers
         Threads that read and decode.
     stacks
-        Columns that are put side by side, as :func:`~hvdspark.data.arrays.stack` does: one wide block is shuffled much
+        Columns that are put side by side, as :func:`~hvdspark.data.blocks.stack` does: one wide block is shuffled much
         faster than many narrow ones.
     cache
         Where decoded rows are kept during the first pass, for the later ones.
@@ -112,7 +112,7 @@ class BlockSource:
         for indices, items in _filled(self._read(order)):
             permuted = random.permutation(sum(self._reads[index].rows for index in indices))
             kept = self._cache.joined(indices)
-            window = (_joined(items), permuted) if kept is None else (kept[0], kept[1][permuted])
+            window = (join(items), permuted) if kept is None else (kept[0], kept[1][permuted])
             # While the window is given out, memory is for the next one.
             items.clear()
             yield window
@@ -138,7 +138,7 @@ def _filled(groups: Iterable[tuple[int, Blocks]]) -> Iterator[tuple[list[int], l
     for index, blocks in groups:
         indices.append(index)
         items.append(blocks)
-        held_bytes += sum(block.nbytes for block in blocks.values())
+        held_bytes += size_bytes(blocks)
         if held_bytes >= SHUFFLE_WINDOW_BYTES:
             yield indices, items
             indices, items, held_bytes = [], [], 0
@@ -157,7 +157,7 @@ def _cut(windows: Iterable[Window], rows: int) -> Iterator[Blocks]:
     rest: list[Blocks] = []
     missing = rows
     for columns, order in windows:
-        total = len(next(iter(columns.values()))) if order is None else len(order)
+        total = row_count(columns) if order is None else len(order)
         start = 0
         while start < total:
             stop = min(start + missing, total)
@@ -166,14 +166,10 @@ def _cut(windows: Iterable[Window], rows: int) -> Iterator[Blocks]:
             missing -= stop - start
             start = stop
             if not missing:
-                yield _joined(rest)
+                yield join(rest)
                 rest, missing = [], rows
     if rest:
-        yield _joined(rest)
-
-
-def _joined(items: Sequence[Blocks]) -> Blocks:
-    return {name: concatenate([item[name] for item in items]) for name in items[0]}
+        yield join(rest)
 
 
 def _ahead(items: Generator[Item]) -> Generator[Item]:

@@ -77,6 +77,12 @@ class Session:
             return self._shared.add([values])[0]
         return np.asarray(self.hvd.allreduce(values, op=self.hvd.Sum, name=name))
 
+    def gather(self, value: float, name: str) -> npt.NDArray[np.float64]:
+        """Return a number of every rank, by rank; parameters as of :meth:`sum`."""
+        values = np.zeros(self.context.size)
+        values[self.context.rank] = value
+        return self.sum(values, name)
+
     def any(self, flag: bool, name: str) -> bool:
         """Whether the flag is set on any rank."""
         return bool(self.sum(np.array([float(flag)]), name)[0] > 0)
