@@ -61,7 +61,9 @@ def run(make_estimator: Callable[..., Any]) -> None:
             if loss > WANTED_LOSS:
                 raise SystemExit(f"the training did not work: its loss is {loss:.3f} after {epochs} epochs")
         if arguments.transform_rows:
-            part = df.limit(arguments.transform_rows).repartition(RANKS).cache()
+            copies = -(-arguments.transform_rows // df.count())
+            several = df.crossJoin(spark.range(copies).withColumnRenamed("id", "copy"))
+            part = several.limit(arguments.transform_rows).repartition(RANKS).cache()
             part.count()
             start = time.perf_counter()
             model.transform(part).write.format("noop").mode("overwrite").save()

@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 # gathers that Horovod makes of a sparse one.
 DENSE_TABLE_VALUES = 4 << 20
 
+# Up to this size Horovod takes longer to come to an agreement than shared memory takes for all of it, so that a trial,
+# which takes a tenth of a second, could only confirm it.
+SMALL_BYTES = 1 << 20
 _TRIALS = 9
 
 # Traced as it is: AutoGraph would translate the source first, which takes seconds.
@@ -132,8 +135,8 @@ def choose_allreduce(kind: str, session: Session, variables: Sequence[Any], comp
     Parameters
     ----------
     kind
-        ``"horovod"``; ``"shared_memory"``; or ``"auto"`` for the faster of both, by trying them on gradients of the
-        model's size.
+        ``"horovod"``; ``"shared_memory"``; or ``"auto"`` for the faster of both: shared memory where gradients are
+        small, else what a trial on gradients of the model's size finds.
     session
         The Horovod session. Where the choice is shared memory, it uses that as well.
     variables
@@ -164,7 +167,8 @@ def choose_allreduce(kind: str, session: Session, variables: Sequence[Any], comp
         logger.info("gradients are averaged by Horovod: %s", hindrance)
         return horovod
     in_memory = SharedMemoryAllreduce(shared, horovod)
-    if kind == "auto" and not _is_faster(in_memory, horovod, session, variables):
+    is_open = kind == "auto" and size_bytes > SMALL_BYTES
+    if is_open and not _is_faster(in_memory, horovod, session, variables):
         shared.close()
         return horovod
     session.rely_on(shared)

@@ -1,4 +1,4 @@
-"""A rank's blocks as a ``tf.data`` pipeline of training and validation steps."""
+"""A rank's rows as chunks of several steps, made ready by a ``tf.data`` pipeline, and the batches in them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -21,16 +22,40 @@ from hvdspark.data.source import BlockSource
 from hvdspark.plan import BatchSpec, ColumnSpec, FitPlan, ShardPlan, TensorSpec
 from hvdspark.store import Store
 
-# Batches made ready ahead of the step that runs; fewer where they are large, but one in any case.
-PREFETCH = 8
-PREFETCH_BYTES = 256 << 20
-
-# Python hands rows over to TensorFlow in chunks of whole batches: so large that what a call costs vanishes, and small
-# enough to stay in the processor's cache.
+# Rows come in chunks of whole batches: so large that what it costs to hand one over vanishes, and small enough to stay
+# in the processor's cache.
 CHUNK_BYTES = 4 << 20
+
+# Chunks made ready ahead of the steps that run; fewer where they are large, but one in any case.
+PREFETCH = 4
+PREFETCH_BYTES = 256 << 20
 
 # More passes than any training takes.
 ENDLESS = 1 << 40
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """What the gradients of each step of a pass stand for, as arrays of shape ``(steps,)``.
+
+    Parameters
+    ----------
+    rows
+        Rows of this rank, ``float32``; zero where it has none and computes on a filler.
+    total
+        Rows of all ranks together, ``float32``.
+    apply
+        Whether the weights change with the step, ``bool``, or its gradients are kept for a later one.
+    """
+
+    rows: np.ndarray
+    total: np.ndarray
+    apply: np.ndarray
+
+    def of(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the facts of some steps, counted from the first pass on."""
+        steps = np.arange(first, first + count) % len(self.rows)
+        return self.rows[steps], self.total[steps], self.apply[steps]
 
 
 class Batches:
@@ -84,66 +109,68 @@ class Batches:
             cache=plan.cache if passes > 1 else "none",
             room=room,
         )
-        self._structure = _signature(plan.batch, self._specs)
-        self._prefetch = prefetch_of(self._structure, shards.batch_rows)
-        self._chunk_rows = shards.batch_rows * max(1, CHUNK_BYTES // _batch_bytes(self._structure, shards.batch_rows))
+        self._dtypes = [spec.dtype for spec in _signature(plan.batch, self._specs)]
+        self.signature = _signature(self._stored, self._specs)
+        """What a chunk holds: flat tensors whose first dimension is the rows, in the dtypes of the columns."""
+        batch_bytes = _batch_bytes(self.signature, shards.batch_rows)
+        self._chunk_rows = shards.batch_rows * max(1, CHUNK_BYTES // batch_bytes)
+        self._prefetch = max(1, min(PREFETCH, PREFETCH_BYTES // max(CHUNK_BYTES, batch_bytes)))
 
     @property
     def own_steps(self) -> int:
         """Steps of a pass in which this rank has rows."""
         return self._shards.own_steps(self._rank)
 
-    def data(self, pack: Callable[..., Any], passes: int) -> tf.data.Dataset:
-        """Return ``(x, y[, sample_weight])`` of every step in which this rank has rows.
+    def facts(self, passes_per_step: int) -> StepFacts:
+        """Say what the gradients of the steps of a pass stand for.
 
         Parameters
         ----------
-        pack
-            Makes Keras' structure of the flat tensors; see :func:`packer`.
-        passes
-            How often the rows come.
-        """
-        return self._batches(passes, pack, ()).prefetch(self._prefetch)
-
-    def steps(self, pack: Callable[..., Any], passes: int, passes_per_step: int) -> tf.data.Dataset:
-        """Return ``(data, (rows, total, apply))`` of every step: what :class:`StepRows` wants to know with it.
-
-        Parameters
-        ----------
-        pack, passes
-            As for :meth:`data`.
         passes_per_step
             Steps whose gradients go into one update; a pass ends with an update in any case.
         """
         shards, steps = self._shards, range(self._shards.steps)
-        idle = len(steps) - self.own_steps
+        return StepFacts(
+            rows=np.array([shards.rows_at(self._rank, step) for step in steps], dtype=np.float32),
+            total=np.array([shards.total_rows_at(step) for step in steps], dtype=np.float32),
+            apply=np.array([step == steps[-1] or (step + 1) % passes_per_step == 0 for step in steps]),
+        )
+
+    def chunks(self, passes: int, *, fill: bool) -> tf.data.Dataset:
+        """Return the rows as chunks of whole batches; only the last batch of a pass is smaller.
+
+        Parameters
+        ----------
+        passes
+            How often the rows come.
+        fill
+            Whether a chunk of one row stands for each step in which this rank has none.
+        """
+        idle = self._shards.steps - self.own_steps if fill else 0
         filler = (self._filler(),) * idle if idle else ()
-        rows = np.array([shards.rows_at(self._rank, step) for step in steps], dtype=np.float32)
-        totals = np.array([shards.total_rows_at(step) for step in steps], dtype=np.float32)
-        applies = np.array([step == steps[-1] or (step + 1) % passes_per_step == 0 for step in steps])
-        # Listed, not computed on the way: a function that runs for every step costs more than the rest of it.
-        facts = tf.data.Dataset.from_tensor_slices((rows, totals, applies)).repeat(passes)
-        return tf.data.Dataset.zip((self._batches(passes, pack, filler), facts)).prefetch(self._prefetch)
+        found = tf.data.Dataset.from_generator(lambda: self._chunks(passes, filler), output_signature=self.signature)
+        options = tf.data.Options()
+        # There is nothing to tune, and the thread that would do it sleeps ever longer, up to a minute, while the
+        # iterator's end waits for it.
+        options.autotune.enabled = False
+        return found.prefetch(self._prefetch).with_options(options)
+
+    def steps_in(self, chunk: Sequence[tf.Tensor]) -> int:
+        """Return the number of batches in a chunk."""
+        return -(-int(chunk[0].shape[0]) // self._shards.batch_rows)
+
+    def batch(self, chunk: Sequence[tf.Tensor], step: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        """Cut one of a chunk's batches out of it, as flat tensors in the dtypes that the model takes.
+
+        Works within a compiled function, where ``step`` may be a tensor.
+        """
+        rows = self._shards.batch_rows
+        cut = [tensor[step * rows : (step + 1) * rows] for tensor in chunk]
+        return tuple(tf.cast(tensor, dtype) for tensor, dtype in zip(cut, self._dtypes, strict=True))
 
     def sample(self) -> tuple[Block, ...]:
         """Read one row as flat tensors, to build a model that knows its shapes only then."""
         return _tensors(self._one_row(), self._plan.batch)
-
-    def _batches(self, passes: int, pack: Callable[..., Any], filler: Iterable[tuple[Block, ...]]) -> tf.data.Dataset:
-        """Cut chunks, each of whole batches, into batches; so a pass never shares a batch with the next."""
-        rows = self._shards.batch_rows
-        dtypes = [tensor.dtype for tensor in self._structure]
-
-        # Traced as it is: AutoGraph would translate all that the packing calls, which takes longer than a short epoch.
-        @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
-        def cut(*chunk: tf.Tensor) -> tf.data.Dataset:
-            cast = [tf.cast(tensor, dtype) for tensor, dtype in zip(chunk, dtypes, strict=True)]
-            return tf.data.Dataset.from_tensors(pack(*cast)).rebatch(rows)
-
-        chunks = tf.data.Dataset.from_generator(
-            lambda: self._chunks(passes, filler), output_signature=_signature(self._stored, self._specs)
-        )
-        return chunks.flat_map(cut)
 
     def _chunks(self, passes: int, filler: Iterable[tuple[Block, ...]]) -> Iterator[tuple[Block, ...]]:
         """Yield the rank's rows, pass after pass, and the filler at the end of each."""
@@ -163,11 +190,6 @@ def _tensors(blocks: Blocks, batch: BatchSpec) -> tuple[Block, ...]:
     if batch.sample_weight is not None:
         tensors.append(fill_tensor(blocks, TensorSpec((batch.sample_weight,), (), "float32")))
     return tuple(tensors)
-
-
-def prefetch_of(structure: tuple[tf.TensorSpec, ...], batch_rows: int) -> int:
-    """Return how many batches are made ready ahead."""
-    return max(1, min(PREFETCH, PREFETCH_BYTES // _batch_bytes(structure, batch_rows)))
 
 
 def tensor_dtype(tensor: TensorSpec, specs: dict[str, ColumnSpec]) -> tf.DType:

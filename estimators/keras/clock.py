@@ -4,40 +4,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any
-
-import tensorflow as tf
+from contextlib import contextmanager
 
 
 class StepClock:
     """Times epochs; the first one, in which functions are traced, counts only when there is no other."""
 
     def __init__(self) -> None:
-        self._waited_s = tf.Variable(0.0, dtype=tf.float64, trainable=False)
+        self._waited_s = 0.0
         self._epochs: list[tuple[int, float, float]] = []
         self._started = 0.0
 
-    def next(self, iterator: Iterator[Any]) -> Any:
-        """Return the iterator's next element, and measure how long that takes; works within a compiled function."""
-        began = tf.timestamp()
-        with tf.control_dependencies([began]):
-            found = next(iterator)
-        with tf.control_dependencies(tf.nest.flatten(found, expand_composites=True)):
-            ended = tf.timestamp()
-        self._waited_s.assign_add(ended - began)
-        # Nothing may use what has come before the clock was read: of all that is ready then, TensorFlow's only thread
-        # could take the clock last.
-        with tf.control_dependencies([ended]):
-            return tf.nest.map_structure(tf.identity, found, expand_composites=True)
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time in the block as waiting for rows."""
+        began = time.perf_counter()
+        yield
+        self._waited_s += time.perf_counter() - began
 
     def start(self) -> None:
         """Begin an epoch."""
-        self._waited_s.assign(0.0)
+        self._waited_s = 0.0
         self._started = time.perf_counter()
 
     def stop(self, rows: int) -> None:
         """End an epoch in whose steps all ranks together had so many rows."""
-        self._epochs.append((rows, time.perf_counter() - self._started, float(self._waited_s)))
+        self._epochs.append((rows, time.perf_counter() - self._started, self._waited_s))
 
     @property
     def rows_per_s(self) -> float:

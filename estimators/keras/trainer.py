@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from hvdspark.estimators.keras import lean  # isort: skip  # noqa: F401 - before Keras, which Horovod imports
 import horovod.tensorflow as hvd
 import keras
 import numpy as np
@@ -17,6 +18,7 @@ from hvdspark.estimators.keras import codec
 from hvdspark.estimators.keras.allreduce import choose_allreduce
 from hvdspark.estimators.keras.batches import ENDLESS, Batches, packer
 from hvdspark.estimators.keras.clock import StepClock
+from hvdspark.estimators.keras.feeding import StepFeed
 from hvdspark.estimators.keras.metrics import current_metrics, global_metrics
 from hvdspark.estimators.keras.optimizer import GradientReducer, LearningRateScale, StepRows
 from hvdspark.estimators.keras.spec import KerasSpec
@@ -135,10 +137,9 @@ class _Training:
         self._reducer.attach(optimizer, variables)
         self._diverge()
         self._pack = packer(self._model, plan.batch)
+        self._facts = self._batches.facts(spec.passes_per_step)
         self._train_steps = self._compiled_training()
         self._val_steps = self._compiled_validation()
-        if self._val_batches is not None:
-            self._val_data = self._val_batches.data(self._pack, 1)
 
     def _agree(self, variables: Sequence[Any]) -> None:
         """Give all ranks the first one's variables, should any differ: they come from one file and one seed."""
@@ -180,7 +181,7 @@ class _Training:
         callbacks = self._callbacks()
         steps = self._steps_per_epoch
         passes = ENDLESS if plan.train_steps_per_epoch else plan.epochs
-        iterator = iter(self._batches.steps(self._pack, passes, self._spec.passes_per_step))
+        feed = StepFeed(self._batches, passes, fill=True)
         step = 0
         logs: dict[str, float] = {}
         self._model.stop_training = False
@@ -189,10 +190,10 @@ class _Training:
             self._clock.start()
             self._model.reset_metrics()
             callbacks.on_epoch_begin(epoch)
-            rows = self._run_steps(iterator, callbacks, steps, step)
+            rows = self._run_steps(feed, callbacks, steps, step)
             step += steps
             logs = global_metrics(self._model, session, rows, "hvdspark_train_metrics")
-            self._clock.stop(self._rows_of_all(step - steps, steps))
+            self._clock.stop(int(self._facts.of(step - steps, steps)[1].sum(dtype=np.int64)))
             self._average_statistics()
             logs |= {f"val_{name}": value for name, value in self._validate(callbacks).items()}
             callbacks.on_epoch_end(epoch, logs)
@@ -227,21 +228,18 @@ class _Training:
             variable.assign(mean.reshape(variable.shape))
             start += len(state)
 
-    def _run_steps(self, iterator: Iterator[Any], callbacks: Any, steps: int, first: int) -> int:
+    def _run_steps(self, feed: StepFeed, callbacks: Any, steps: int, first: int) -> int:
         """Take the steps of one epoch; returns the rows of this rank in them."""
         per_call = 1 if self._watches_batches else STEPS_PER_CALL
-        for step in range(0, steps, per_call):
-            count = min(per_call, steps - step)
+        step = 0
+        while step < steps:
+            portion = feed.take(min(per_call, steps - step), self._clock.waiting())
             callbacks.on_train_batch_begin(step)
-            self._train_steps(iterator, tf.constant(count))
+            self._train_steps(portion.chunk, portion.start, *self._facts.of(first + step, portion.count))
+            step += portion.count
             if self._watches_batches:
-                callbacks.on_train_batch_end(step + count - 1, current_metrics(self._model))
-        shards, rank = self._plan.train, self._session.context.rank
-        return sum(shards.rows_at(rank, step % shards.steps) for step in range(first, first + steps))
-
-    def _rows_of_all(self, first: int, steps: int) -> int:
-        shards = self._plan.train
-        return sum(shards.total_rows_at(step % shards.steps) for step in range(first, first + steps))
+                callbacks.on_train_batch_end(step - 1, current_metrics(self._model))
+        return int(self._facts.of(first, steps)[0].sum(dtype=np.int64))
 
     def _validate(self, callbacks: Any) -> dict[str, float]:
         """Evaluate on the validation rows of all ranks."""
@@ -253,8 +251,12 @@ class _Training:
         steps = self._val_batches.own_steps if limit is None else min(limit, self._val_batches.own_steps)
         self._model.reset_metrics()
         callbacks.on_test_begin()
-        if steps:
-            self._val_steps(iter(self._val_data), tf.constant(steps))
+        feed = StepFeed(self._val_batches, 1, fill=False)
+        left = steps
+        while left:
+            portion = feed.take(left)
+            self._val_steps(portion.chunk, portion.count)
+            left -= portion.count
         rank = self._session.context.rank
         rows = sum(shards.rows_at(rank, step) for step in range(steps))
         logs = global_metrics(self._model, self._session, rows, "hvdspark_val_metrics")
@@ -262,42 +264,52 @@ class _Training:
         return logs
 
     def _compiled_training(self) -> Any:
-        model, reducer, clock = self._model, self._reducer, self._clock
+        model, reducer, batches, pack = self._model, self._reducer, self._batches, self._pack
         guarded = self._plan.train.has_idle_steps
 
         # Traced as it is, as Keras does it: AutoGraph's translation of all that is called takes seconds.
         @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
-        def step(iterator: Any) -> None:
-            data, (rows, total, apply) = clock.next(iterator)
-            reducer.begin(StepRows(rows, total, apply))
+        def step(chunk: Any, place: tf.Tensor, facts: StepRows) -> None:
+            reducer.begin(facts)
             # A rank without rows computes on a filler, to take its part in the allreduce; nothing of it may stay.
             state = [*model.non_trainable_variables, *model.metrics_variables] if guarded else []
             before = [tf.identity(variable.value) for variable in state]
-            model.train_step(data)
+            model.train_step(pack(*batches.batch(chunk, place)))
             for variable, value in zip(state, before, strict=True):
-                variable.assign(tf.where(rows > 0, variable.value, value))
+                variable.assign(tf.where(facts.rows > 0, variable.value, value))
 
         if guarded:
             self._build_metrics()
 
-        def steps(iterator: Any, count: tf.Tensor) -> None:
-            for _ in tf.range(count):
-                # One after the other: a step that began early would count the one before as waiting.
-                tf.autograph.experimental.set_loop_options(parallel_iterations=1)
-                step(iterator)
+        def steps(chunk: Any, start: tf.Tensor, rows: tf.Tensor, total: tf.Tensor, apply: tf.Tensor) -> None:
+            for index in tf.range(tf.size(rows)):
+                step(chunk, start + index, StepRows(rows[index], total[index], apply[index]))
 
-        return steps if model.run_eagerly else tf.function(steps, jit_compile=False)
+        signature = (
+            batches.signature,
+            tf.TensorSpec((), tf.int32),
+            *(tf.TensorSpec((None,), dtype) for dtype in (tf.float32, tf.float32, tf.bool)),
+        )
+        return self._compiled(steps, signature)
 
     def _compiled_validation(self) -> Any:
-        model = self._model
+        if self._val_batches is None:
+            return None
+        model, batches, pack = self._model, self._val_batches, self._pack
 
-        test_step = tf.autograph.experimental.do_not_convert(model.test_step)
+        @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
+        def step(chunk: Any, place: tf.Tensor) -> None:
+            model.test_step(pack(*batches.batch(chunk, place)))
 
-        def steps(iterator: Any, count: tf.Tensor) -> None:
-            for _ in tf.range(count):
-                test_step(next(iterator))
+        def steps(chunk: Any, count: tf.Tensor) -> None:
+            for index in tf.range(count):
+                step(chunk, index)
 
-        return steps if model.run_eagerly else tf.function(steps, jit_compile=False)
+        return self._compiled(steps, (batches.signature, tf.TensorSpec((), tf.int32)))
+
+    def _compiled(self, steps: Callable[..., None], signature: Any) -> Any:
+        """Compile for chunks of any number of rows; a model that runs eagerly stays as it is."""
+        return steps if self._model.run_eagerly else tf.function(steps, input_signature=signature, jit_compile=False)
 
     def _build_metrics(self) -> None:
         """Make the metrics' variables, which Keras does at the first step, before that step is traced."""

@@ -139,24 +139,37 @@ def test_both_ways_average_every_kind_of_gradient_alike() -> None:
 
 
 CHOICE = """
-import logging
+import logging, os
 logging.basicConfig(level=logging.INFO)
 import horovod.tensorflow as hvd, tensorflow as tf
 from hvdspark.estimators.keras.allreduce import choose_allreduce
 from hvdspark.worker.session import horovod_session
 
 with horovod_session(hvd) as session:
-    chosen = choose_allreduce("auto", session, [tf.Variable(tf.zeros((100,)))], "none")
+    chosen = choose_allreduce("auto", session, [tf.Variable(tf.zeros((int(os.environ["VALUES"]),)))], "none")
     total = float(hvd.allreduce(tf.constant(float(hvd.rank() + 1)), op=hvd.Sum, name="users_own"))
     print(type(chosen).__name__, total)
 """
 
 
-def test_a_small_model_is_averaged_in_shared_memory_and_horovod_stays_at_hand() -> None:
-    with two_gloo_ranks(CHOICE, KERAS_BACKEND="tensorflow") as ranks:
+def choices(values: int) -> tuple[str, str, str]:
+    """Let two ranks choose for a model of so many values; returns what each printed, and the first one's log."""
+    with two_gloo_ranks(CHOICE, KERAS_BACKEND="tensorflow", VALUES=str(values)) as ranks:
         (first, log), (second, _) = [rank.communicate(timeout=TIMEOUT_S) for rank in ranks]
+    return first, second, log
+
+
+def test_a_small_model_is_averaged_in_shared_memory_and_horovod_stays_at_hand() -> None:
+    first, second, log = choices(100)
     assert first == second == "SharedMemoryAllreduce 3.0\n", log
-    assert "gradients are averaged by shared memory: of this model in" in log
+    assert "of this model in" not in log
+
+
+def test_a_larger_model_is_averaged_by_what_a_trial_finds_faster() -> None:
+    first, second, log = choices(1_000_000)
+    assert first == second
+    chosen = "Horovod" if "Horovod" in first else "shared memory"
+    assert f"gradients are averaged by {chosen}: of this model in" in log
 
 
 LOST_IN_A_STEP = """

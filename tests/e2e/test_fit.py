@@ -226,14 +226,19 @@ def test_each_rank_reads_its_rows_once_whatever_the_partitions(
             steps = set()
             for rank in range(ranks):
                 batches = Batches(plan, shards, rank, shuffle=shuffle, workers=2)
-                taken = list(batches.steps(lambda *flat: (flat[0], flat[1]), 2, 1).as_numpy_iterator())
-                steps.add(len(taken))
-                for number, ((_, ids), (own, total, apply)) in enumerate(taken):
-                    assert apply
-                    assert 0 < total <= 16 * ranks
-                    if own:
-                        assert len(ids) == own
-                        seen[number // shards.steps] += [int(i) for i in ids.reshape(-1)]
+                facts = batches.facts(1)
+                number = 0
+                for chunk in batches.chunks(2, fill=True):
+                    for place in range(batches.steps_in(chunk)):
+                        ids = np.asarray(batches.batch(chunk, place)[1])
+                        (own,), (total,), (apply,) = facts.of(number, 1)
+                        assert apply
+                        assert 0 < total <= 16 * ranks
+                        if own:
+                            assert len(ids) == own
+                            seen[number // shards.steps] += [int(i) for i in ids.reshape(-1)]
+                        number += 1
+                steps.add(number)
             assert steps == {2 * shards.steps}
             assert [sorted(ids) for ids in seen] == [list(range(rows))] * 2
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import decimal
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
+import psutil
 import pytest
 from hvdspark.estimators import KerasModel
 from hvdspark.estimators.keras import codec
@@ -324,3 +328,32 @@ def test_a_view_of_the_scores_can_be_queried(spark: SparkSession, rows: DataFram
     spark_model(dense(1)).transform(rows).createOrReplaceTempView("scores")
     [row] = spark.sql("SELECT count(y__output) AS n FROM scores WHERE a >= 10").collect()
     assert row["n"] == 10
+
+
+def python_workers() -> dict[int, int]:
+    """Return the peak resident memory of each of Spark's Python workers of this session, in bytes."""
+    found = {}
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess, OSError):
+            if "pyspark.daemon" in " ".join(process.cmdline()):
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                found[process.pid] = 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])  # type: ignore[index]
+    return found
+
+
+def test_ten_million_rows_take_no_more_memory_than_one_million(spark: SparkSession) -> None:
+    model = spark_model(dense(1)).setTransformBatchSize(8192)
+
+    def score(rows: int) -> int:
+        numbers = spark.range(0, rows, numPartitions=2).select(F.col("id").cast("float").alias("a"))
+        scored = model.transform(numbers.select("a", F.array("a", -F.col("a")).alias("v")))
+        return int(scored.where(F.col("y__output").isNotNull()).count())
+
+    assert score(1_000_000) == 1_000_000
+    before = python_workers()
+    assert score(10_000_000) == 10_000_000
+    after = python_workers()
+    # The same workers served both, so that what grows with the rows shows.
+    compared = {pid: after[pid] - before[pid] for pid in before.keys() & after.keys()}
+    assert len(compared) >= 2
+    assert max(compared.values()) < 48 << 20, compared

@@ -13,6 +13,7 @@ import pytest
 import tensorflow as tf
 from hvdspark.estimators.keras import batches as module
 from hvdspark.estimators.keras.batches import Batches, packer
+from hvdspark.estimators.keras.feeding import StepFeed
 
 from hvdspark.data.materialize import TRAIN
 from hvdspark.data.schema import resolve
@@ -64,10 +65,6 @@ def shards_of(written: Any, size: int, batch_rows: int, *, keep_order: bool = Tr
     return plan_shards(groups, size, batch_rows, keep_order=keep_order, seed=4)
 
 
-def flat(*tensors: Any) -> Any:
-    return tensors
-
-
 def numbers_of(tensors: Any) -> list[int]:
     """List the rows of a batch, having checked that all of its tensors belong to them."""
     x, y, w = (np.asarray(tensor) for tensor in tensors)
@@ -81,8 +78,22 @@ def numbers_of(tensors: Any) -> list[int]:
 def steps_of(
     written: Any, rank: int, shards: ShardPlan, passes: int = 1, per_step: int = 1, shuffle: bool = False
 ) -> list[Any]:
-    data = batches(written, rank, shards, shuffle=shuffle).steps(flat, passes, per_step)
-    return [(numbers_of(tensors), float(rows), float(total), bool(apply)) for tensors, (rows, total, apply) in data]
+    source = batches(written, rank, shards, shuffle=shuffle)
+    facts = source.facts(per_step)
+    taken = []
+    for batch in batches_of(source, passes, fill=True):
+        (rows,), (total,), (apply,) = facts.of(len(taken), 1)
+        taken.append((numbers_of(batch), float(rows), float(total), bool(apply)))
+    return taken
+
+
+def batches_of(source: Batches, passes: int, *, fill: bool) -> list[Any]:
+    """Cut all chunks into their batches."""
+    return [
+        source.batch(chunk, step)
+        for chunk in source.chunks(passes, fill=fill)
+        for step in range(source.steps_in(chunk))
+    ]
 
 
 @pytest.mark.parametrize(("size", "batch_rows"), [(1, 4), (2, 4), (3, 2), (3, 7), (2, 12)])
@@ -153,10 +164,35 @@ def test_validation_skips_the_steps_in_which_a_rank_has_no_row(written: Any) -> 
     found = []
     for rank in range(3):
         source = batches(written, rank, shards)
-        steps = [numbers_of(tensors) for tensors in source.data(flat, 1)]
+        steps = [numbers_of(tensors) for tensors in batches_of(source, 1, fill=False)]
         assert len(steps) == source.own_steps
         found += [row for rows in steps for row in rows]
     assert sorted(found) == list(range(13))
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 200, 400, 1 << 20])
+@pytest.mark.parametrize("most", [1, 2, 4, 7])
+def test_steps_are_handed_out_across_chunks_and_passes(
+    written: Any, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, most: int
+) -> None:
+    """Epochs of 7 steps over passes of 6, calls of so many steps, chunks of one batch, of some, of all."""
+    shards = shards_of(written, 1, 4)
+    expected = [numbers for numbers, *_ in steps_of(written, 0, shards, passes=3)]
+    monkeypatch.setattr(module, "CHUNK_BYTES", chunk_bytes)
+    source = batches(written, 0, shards)
+    feed = StepFeed(source, 3, fill=True)
+    found = []
+    for left in (7, 7, 4):
+        while left:
+            portion = feed.take(min(most, left))
+            assert 0 < portion.count <= min(most, left)
+            steps = range(portion.start, portion.start + portion.count)
+            found += [numbers_of(source.batch(portion.chunk, step)) for step in steps]
+            left -= portion.count
+    assert found == expected
+    sizes = {source.steps_in(chunk) for chunk in source.chunks(1, fill=True)}
+    assert sizes == {1: {1}, 1 << 20: {6}}.get(chunk_bytes, sizes)
+    assert chunk_bytes in (1, 1 << 20) or 1 < max(sizes) < 6
 
 
 def test_the_sample_is_one_row(written: Any) -> None:

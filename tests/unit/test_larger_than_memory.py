@@ -75,6 +75,7 @@ TRAINS = (
 import keras
 import tensorflow as tf
 from hvdspark.estimators.keras.batches import Batches
+from hvdspark.estimators.keras.feeding import StepFeed
 
 tf.config.threading.set_intra_op_parallelism_threads(2)
 tf.config.threading.set_inter_op_parallelism_threads(2)
@@ -82,18 +83,18 @@ inputs = keras.Input((5000,))
 model = keras.Model(inputs, keras.layers.Dense(1)(keras.layers.Rescaling(1 / 255)(inputs)))
 model.compile("sgd", "mse", jit_compile=False)
 
-@tf.function
-def step(iterator):
-    (x, number), _ = next(iterator)
+@tf.function(reduce_retracing=True)
+def step(x, number):
     model.train_step((x, x[:, :1] / 255.0))
     return number
 
 def train(shards, epochs):
-    found = []
     batches = Batches(plan, shards, 0, shuffle=True, workers=2, passes=epochs)
-    iterator = iter(batches.steps(lambda x, number: (x, number), epochs, 1))
-    for _ in range(epochs * shards.steps):
-        found.append(step(iterator).numpy())
+    feed = StepFeed(batches, epochs, fill=True)
+    found = []
+    while len(found) < epochs * shards.steps:
+        portion = feed.take(1)
+        found.append(step(*batches.batch(portion.chunk, portion.start)).numpy())
     return found
 
 first = dataclasses.replace(plan.train, groups=plan.train.groups[:1])

@@ -50,7 +50,7 @@ FORBIDDEN = {
 }
 
 # These run in the training process, where pyspark has no business.
-IN_THE_RANK = ("trainer", "allreduce", "batches", "clock", "metrics", "optimizer", "spec", "codec")
+IN_THE_RANK = ("trainer", "allreduce", "batches", "clock", "feeding", "lean", "metrics", "optimizer", "spec", "codec")
 
 
 def modules() -> Iterator[tuple[str, Path]]:
