@@ -140,6 +140,7 @@ class HorovodEstimator(Estimator, EstimatorParams, abc.ABC):  # type: ignore[typ
         return LaunchOptions(
             controller=self._value("controller"),
             nics=tuple(self._value("nics") or ()),
+            rdma=self._value("rdma"),
             env=env,
             start_timeout_s=self._value("start_timeout"),
             store=store.ref(),

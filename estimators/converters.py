@@ -46,6 +46,17 @@ def boolean(name: str) -> Converter:
     return _checked(name, TypeConverters.toBoolean, lambda _: True, "True or False")
 
 
+def boolean_or(name: str, other: str) -> Converter:
+    """Return a converter to a boolean, or to the one word that is allowed beside it."""
+
+    def convert(value: Any) -> bool | str:
+        if value == other or isinstance(value, bool):
+            return value  # type: ignore[no-any-return]
+        raise ParamError(f"{name}={value!r}: give True, False or {other!r}", param=name)
+
+    return convert
+
+
 def integer(name: str) -> Converter:
     """Return a converter to an integer."""
     return _checked(name, TypeConverters.toInt, lambda _: True, "an integer")

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self, get_args
 from hvdspark.estimators.converters import (
     Converter,
     boolean,
+    boolean_or,
     column_names,
     integer,
     one_of,
@@ -34,7 +35,7 @@ from hvdspark.estimators.converters import (
 from pyspark.ml.param import Param, Params
 
 from hvdspark.data.missing import Missing
-from hvdspark.launch.barrier import CONTROLLERS
+from hvdspark.launch.control import CONTROLLERS
 from hvdspark.plan import CacheMode
 
 
@@ -258,4 +259,9 @@ class EstimatorParams(ModelParams):
         boolean("warm_pool"),
     )
     nics = param("nics", "network interfaces that the ranks may use", column_names("nics"))
+    rdma = param(
+        "rdma",
+        "whether to use RDMA devices: 'auto' where there are any, True to insist on them, False never",
+        boolean_or("rdma", "auto"),
+    )
     backend_env = param("backend_env", "environment variables of the training processes", text_dict("backend_env"))

@@ -9,6 +9,7 @@ import cloudpickle
 
 from hvdspark.errors import LaunchError
 from hvdspark.launch.barrier import LaunchOptions, run_barrier
+from hvdspark.launch.fabric import Rdma
 from hvdspark.launch.slots import count_slots
 from hvdspark.worker.job import Job
 
@@ -25,6 +26,7 @@ def run(
     start_timeout: float = 120.0,
     env: Mapping[str, str] | None = None,
     nics: Sequence[str] = (),
+    rdma: Rdma = "auto",
     controller: str = "gloo",
     preload: Sequence[str] = (),
     warm_pool: bool = True,
@@ -47,9 +49,13 @@ def run(
     env
         Environment variables for the ranks.
     nics
-        Network interfaces that the ranks may use; by default chosen from Spark's host names.
+        Network interfaces or RDMA devices that the ranks may use; by default interfaces are chosen from Spark's host
+        names.
+    rdma
+        Whether to use RDMA devices: ``"auto"`` where there are any, ``True`` to insist on them, ``False`` never.
     controller
-        The control plane, ``"gloo"``.
+        By what ranks meet and talk: ``"gloo"``, ``"mpi"``, or ``"auto"`` for MPI where it can use RDMA devices that
+        Gloo cannot. Under MPI the function can use ``mpi4py.MPI`` beside Horovod.
     preload
         Modules that the function needs, such as ``["tensorflow", "horovod.tensorflow"]``. They are imported while the
         ranks are still finding each other, and before the function could set variables that they read.
@@ -84,6 +90,7 @@ def run(
     options = LaunchOptions(
         controller=controller,
         nics=tuple(nics),
+        rdma=rdma,
         env=dict(env or {}),
         start_timeout_s=start_timeout,
         preload=tuple(preload),

@@ -15,7 +15,7 @@ from benchmarks import data
 from benchmarks.comparison import Comparison, SkippedError, interleaved
 from benchmarks.estimator import make_estimator
 from benchmarks.session import CLUSTER, spark_session
-from hvdspark.launch.barrier import CONTROLLERS
+from hvdspark.launch.control import CONTROLLERS
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame

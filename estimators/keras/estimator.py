@@ -92,7 +92,13 @@ class KerasEstimator(HorovodEstimator, Persistable):
         Names and types of the columns that the model appends.
     warm_pool
         Whether processes that have imported TensorFlow are kept on the executors for the next fit; default ``True``.
-    controller, nics, start_timeout, backend_env, use_gpu
+    controller
+        By what Horovod's ranks meet and talk: ``"gloo"``, ``"mpi"``, or ``"auto"`` for MPI where it can use RDMA
+        devices that Gloo cannot.
+    nics, rdma
+        The network interfaces or RDMA devices to use, and whether to use RDMA at all: ``"auto"`` where there is any,
+        ``True`` to insist on it, ``False``.
+    start_timeout, backend_env, use_gpu
         How the ranks are started.
     run_id
         Name of the run's folder in the Store.
@@ -174,6 +180,7 @@ class KerasEstimator(HorovodEstimator, Persistable):
         use_gpu: bool | None = None,
         controller: str | None = None,
         nics: Sequence[str] | None = None,
+        rdma: bool | str | None = None,
         start_timeout: float | None = None,
         warm_pool: bool | None = None,
         backend_env: Mapping[str, str] | None = None,
@@ -200,6 +207,7 @@ class KerasEstimator(HorovodEstimator, Persistable):
             compress_sparse_cols=False,
             use_gpu=True,
             controller="gloo",
+            rdma="auto",
             start_timeout=120.0,
             warm_pool=True,
             transform_batch_size=4096,

@@ -34,10 +34,12 @@ from hvdspark.errors import (
     closest,
     from_plain,
 )
-from hvdspark.launch import devices, pool, topology
+from hvdspark.launch import control, devices, fabric, pool, topology
+from hvdspark.launch.alarm import Alarm, AlarmServer
 from hvdspark.launch.child import Child, Failure, Outcome
-from hvdspark.launch.gloo import RendezvousServer, gloo_environment
-from hvdspark.launch.meeting import Offer, agree, exchange
+from hvdspark.launch.control import CONTROLLERS
+from hvdspark.launch.fabric import Rdma
+from hvdspark.launch.meeting import Agreement, Offer, agree, exchange
 from hvdspark.launch.process import Recipe, recipe_of
 from hvdspark.launch.slots import check_slots
 from hvdspark.plan import RankContext, StoreRef
@@ -51,8 +53,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CONTROLLERS = ("gloo",)
-
 _SCHEMA = "rank long, result binary, failure string"
 _MEET_TIMEOUT_S = 60.0
 _FED_TIMEOUT_S = 7 * 86400.0
@@ -65,9 +65,11 @@ class LaunchOptions:
     Parameters
     ----------
     controller
-        The control plane: ``"gloo"``.
+        The control plane: ``"gloo"``, ``"mpi"``, or ``"auto"``, see :func:`hvdspark.launch.control.choose`.
     nics
         Network interfaces the ranks may use; empty chooses by Spark's host names.
+    rdma
+        Whether to use RDMA devices, see :func:`hvdspark.launch.fabric.fabric_environment`.
     env
         Environment variables for the training processes.
     start_timeout_s
@@ -84,6 +86,7 @@ class LaunchOptions:
 
     controller: str = "gloo"
     nics: tuple[str, ...] = ()
+    rdma: Rdma = "auto"
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
     start_timeout_s: float = 120.0
     slots_timeout_s: float = 30.0
@@ -137,7 +140,8 @@ def run_barrier(
     context = spark.sparkContext
     broadcast = context.broadcast(payload)
     driver_host = context.getConf().get("spark.driver.host", topology.LOOPBACK)
-    stage = _Stage(broadcast, options, driver_host, secrets.token_hex(16), None if fed is None else fed.feed)
+    nonce, token = secrets.token_hex(16), secrets.token_hex(16)
+    stage = _Stage(broadcast, options, driver_host, nonce, token, None if fed is None else fed.feed)
     frame = spark.range(num_proc, numPartitions=num_proc) if fed is None else fed.frame
     try:
         rows = _run_stage(frame, stage.task, f"hvdspark: {num_proc} ranks")
@@ -198,6 +202,7 @@ class _Stage:
     options: LaunchOptions
     driver_host: str
     nonce: str
+    token: str = field(repr=False)
     feed: RowFeed | None
 
     def task(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -215,34 +220,67 @@ class _Stage:
         options, own, peers = self.options, barrier.partitionId(), _peers(barrier)
         context = topology.assign_ranks(peers)[own]
         with Child(_recipe(context, options), warm=options.warm_pool) as child, contextlib.ExitStack() as stack:
-            server, rows = None, None
+            servers, rows = {}, None
             try:
                 rows = self._take(batches, stack)
                 address = devices.own_address(peers[own].host, self.driver_host, options.nics)
                 peers[own] = dataclasses.replace(peers[own], address=address)
-                server = stack.enter_context(_rendezvous(peers, own)) if context.rank == 0 else None
+                if context.rank == 0:
+                    servers = self._open_servers(peers, own, stack)
                 offer = Offer(
-                    address, None if server is None else server.address, None if rows is None else rows.report
+                    address=address,
+                    servers={name: server.address for name, server in servers.items()},
+                    has_mpi=control.has_mpi(),
+                    has_rdma=fabric.has_rdma(),
+                    rows=None if rows is None else rows.report,
                 )
             except (HvdSparkError, OSError) as exc:
                 offer = Offer(error=str(exc))
             try:
                 offers = exchange(barrier, offer, self.nonce, self._patience_s)
-                peers, meeting = agree(peers, offers)
-                interface = devices.interface_of(topology.meeting_address(peers, own))
-                plan = b"" if rows is None else _planned(rows, peers, offers)
-            except (RendezvousError, DataError, SchemaError) as exc:
+                agreed = agree(peers, offers, options.controller)
+                for server in servers.values():
+                    server.admit(topology.meeting_address(agreed.peers, peer.partition) for peer in peers)
+                alarm = stack.enter_context(Alarm(agreed.alarm, self.token, context.rank))
+                interface = devices.interface_of(topology.meeting_address(agreed.peers, own))
+                network = self._network(agreed, interface, context)
+                plan = b"" if rows is None else _planned(rows, agreed.peers, offers)
+            except (RendezvousError, DataError, SchemaError, OSError) as exc:
                 return context.rank, Outcome(failure=_failure_before(exc, context))
-            if server is not None:
-                server.admit(topology.meeting_address(peers, peer.partition) for peer in peers)
             environment = {
+                **network,
                 **_settings(context, options),
                 **topology.rank_environment(context),
-                **gloo_environment(meeting, interface),
+                **control.environment_of(agreed.plane, agreed.meeting, self.token, interface),
             }
             with _log_file(options, context) as log:
                 payload, timeout_s = self.broadcast.value, options.start_timeout_s
-                return context.rank, child.run(payload, context, environment, log, timeout_s, plan)
+                return context.rank, child.run(payload, context, environment, log, timeout_s, plan, alarm)
+
+    def _open_servers(
+        self, peers: list[topology.Peer], own: int, stack: contextlib.ExitStack
+    ) -> dict[str, control.Server | AlarmServer]:
+        """Open what the ranks meet at, and the alarm, by name; they admit nobody yet."""
+        servers = control.open_servers(self.options.controller, peers, own, self.token, stack)
+        alarm = AlarmServer(topology.meeting_address(peers, own), (), len(peers), self.token)
+        stack.enter_context(alarm)
+        return {**servers, "alarm": alarm}
+
+    def _network(self, agreed: Agreement, interface: str, context: RankContext) -> dict[str, str]:
+        """Return what the rank's libraries are told of the network."""
+        options, on_one_host = self.options, context.local_size == context.size
+        settings = fabric.fabric_environment(
+            interface,
+            [] if on_one_host and options.rdma == "auto" else fabric.rdma_ports(),
+            options.rdma,
+            options.nics,
+            host=context.host,
+            has_peer_memory=fabric.has_peer_memory(),
+        )
+        if context.rank == 0:
+            transport = fabric.describe(settings, on_one_host=on_one_host)
+            logger.info("controller %s (%s), %s", agreed.plane, agreed.reason, transport)
+        return settings
 
     def _take(self, batches: Iterable[pa.RecordBatch], stack: contextlib.ExitStack) -> TakenRows | None:
         """Take the rows that came with the task, where it is for them that it runs."""
@@ -265,9 +303,9 @@ def _planned(rows: TakenRows, peers: Sequence[topology.Peer], offers: Sequence[O
     return bytes(cloudpickle.dumps((rows.plan([offers[partition].rows or "" for partition in order]),)))
 
 
-def _failure_before(exc: HvdSparkError, context: RankContext) -> Failure:
+def _failure_before(exc: HvdSparkError | OSError, context: RankContext) -> Failure:
     """Describe what was wrong before the rank had its work."""
-    if isinstance(exc, RendezvousError):
+    if isinstance(exc, RendezvousError | OSError):
         return Failure(context.rank, context.host, "meet", str(exc), time=time.time())
     return Failure(context.rank, context.host, "data", json.dumps(exc.to_plain()), time=time.time())
 
@@ -288,11 +326,6 @@ def _recipe(context: RankContext, options: LaunchOptions) -> Recipe:
     settings = _settings(context, options)
     early = {name: value for name, value in settings.items() if not name.startswith("HOROVOD_")}
     return recipe_of(early, options.preload)
-
-
-def _rendezvous(peers: list[topology.Peer], own: int) -> RendezvousServer:
-    """Make the server through which ranks find each other; it admits nobody yet."""
-    return RendezvousServer(topology.meeting_address(peers, own), (), len(peers))
 
 
 def _defaults(context: RankContext) -> dict[str, str]:

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from typing import IO, Any, Literal
 
 from hvdspark.launch import pool
+from hvdspark.launch.alarm import Alarm
 from hvdspark.launch.process import ColdProcess, Recipe, TrainingProcess
 from hvdspark.plan import RankContext
 
@@ -33,6 +34,9 @@ FRAME = struct.Struct(">cQ")
 READY, DONE, FAILED = b"R", b"D", b"F"
 
 TAIL_LINES = 50
+
+# When the alarm rings, a rank has this long to say what it knows of it: it may be the one that failed first.
+ALARM_GRACE_S = 1.0
 
 # What TensorFlow prints whenever it starts, whatever its log level; the last lines of an error have better to say.
 _NOISE = re.compile(r"absl::InitializeLog|oneDNN custom operations are on")
@@ -115,6 +119,7 @@ class Child:
         log: IO[bytes] | None,
         start_timeout_s: float,
         own: bytes = b"",
+        alarm: Alarm | None = None,
     ) -> Outcome:
         """Give the process its work and wait for its end.
 
@@ -132,6 +137,8 @@ class Child:
             Seconds until it must have begun its work.
         own
             Arguments of this rank alone, as a pickled tuple; they come before those of the work.
+        alarm
+            Rung when the rank fails; when it rings, the rank is ended.
         """
         deadline = time.monotonic() + start_timeout_s
         process = self._confirmed(context, start_timeout_s / 2)
@@ -140,15 +147,19 @@ class Child:
         pump.start()
         try:
             process.hand_over(environment, payload, own)
-            frames = _Frames(process, deadline)
+            frames = _Frames(process, deadline, alarm)
             answer = frames.final()
             ended = time.time()
-            if not frames.timed_out:
+            if alarm is not None and (answer is None or answer[0] != DONE):
+                alarm.ring()
+            if not frames.timed_out and not frames.stopped:
                 # After its last answer the process has a moment to end on its own.
                 process.wait(10)
         finally:
             process.end()
             pump.join()
+            if alarm is not None:
+                alarm.through()
         if answer is not None and answer[0] == DONE:
             return Outcome(result=answer[1])
         kind: Any
@@ -172,13 +183,16 @@ class Child:
 class _Frames:
     """The answers of a process, as they arrive."""
 
-    def __init__(self, process: TrainingProcess, deadline: float) -> None:
+    def __init__(self, process: TrainingProcess, deadline: float, alarm: Alarm | None) -> None:
         self._descriptor = process.answers
         self._process = process
         self._deadline = deadline
+        self._alarm = alarm
+        self._rung_at: float | None = None
         self._buffer = b""
         self.ready = False
         self.timed_out = False
+        self.stopped = False
 
     def final(self) -> tuple[bytes, bytes] | None:
         """Wait for the last answer; ``None`` when the process ended, or did not begin in time, without one."""
@@ -196,23 +210,37 @@ class _Frames:
                 if len(self._buffer) >= end:
                     body, self._buffer = self._buffer[FRAME.size : end], self._buffer[end:]
                     return status, body
-            left = None if self.ready else self._deadline - time.monotonic()
+            left = self._left()
             if left is not None and left <= 0:
-                self.timed_out = True
+                self.stopped = self._rung_at is not None
+                self.timed_out = not self.stopped
                 return None
+            waited_for: list[Any] = [self._descriptor]
+            if self._alarm is not None and self._rung_at is None:
+                waited_for.append(self._alarm)
             # Woken now and then, because a grandchild may hold the pipe open after the process is gone.
-            readable, _, _ = select.select([self._descriptor], [], [], 1.0 if left is None else min(left, 1.0))
-            if readable:
+            readable, _, _ = select.select(waited_for, [], [], 1.0 if left is None else min(left, 1.0))
+            if self._alarm in readable:
+                self._rung_at = time.monotonic()
+            if self._descriptor in readable:
                 chunk = os.read(self._descriptor, 1 << 20)
                 if not chunk:
                     return None
                 self._buffer += chunk
-            elif self._process.wait(0) is not None:
+            elif not readable and self._process.wait(0) is not None:
                 return None
+
+    def _left(self) -> float | None:
+        """Return the seconds after which the process is given up."""
+        if self._rung_at is not None:
+            return self._rung_at + ALARM_GRACE_S - time.monotonic()
+        return None if self.ready else self._deadline - time.monotonic()
 
 
 def _describe_end(code: int | None, frames: _Frames, start_timeout_s: float) -> tuple[FailureKind, str, str]:
     """Say what became of a process that gave no answer: kind, error, details."""
+    if frames.stopped:
+        return "peer", "stopped, because another rank had failed", ""
     if frames.timed_out:
         late = f"the training process did not begin within {start_timeout_s:g} s"
         return "late", f"{late}; a slow disk or a busy host can be the cause: raise start_timeout", ""

@@ -12,12 +12,13 @@ import dataclasses
 import json
 import socket
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from hvdspark.errors import RendezvousError
 from hvdspark.launch import topology
+from hvdspark.launch.control import choose
 from hvdspark.launch.pool import is_own
 
 if TYPE_CHECKING:
@@ -34,8 +35,10 @@ class Offer:
     ----------
     address
         Where it can be reached.
-    meeting
-        Where ranks meet, when it is the first rank.
+    servers
+        Where ranks meet, by control plane, and where the alarm is (``"alarm"``): from the first rank's task.
+    has_mpi, has_rdma
+        What it found on its host.
     rows
         What it found of the rows that came with it, see :class:`~hvdspark.data.feed.TakenRows`.
     error
@@ -43,7 +46,9 @@ class Offer:
     """
 
     address: str = ""
-    meeting: tuple[str, int] | None = None
+    servers: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    has_mpi: bool = False
+    has_rdma: bool = False
     rows: str | None = None
     error: str | None = None
 
@@ -54,8 +59,29 @@ def exchange(barrier: BarrierTaskContext, offer: Offer, nonce: str, timeout_s: f
     return [Offer(**json.loads(text)) for text in texts]
 
 
-def agree(peers: Sequence[topology.Peer], offers: Sequence[Offer]) -> tuple[list[topology.Peer], tuple[str, int]]:
-    """Return the tasks with their addresses, and where their ranks meet.
+@dataclass(frozen=True)
+class Agreement:
+    """What all tasks agree on.
+
+    Parameters
+    ----------
+    peers
+        The tasks with their addresses.
+    plane, reason
+        The control plane and why it is that one.
+    meeting, alarm
+        Where ranks meet, and where the alarm is.
+    """
+
+    peers: list[topology.Peer]
+    plane: str
+    reason: str
+    meeting: tuple[str, int]
+    alarm: tuple[str, int]
+
+
+def agree(peers: Sequence[topology.Peer], offers: Sequence[Offer], controller: str) -> Agreement:
+    """Conclude from what all tasks say; all of them conclude the same.
 
     Raises
     ------
@@ -72,8 +98,15 @@ def agree(peers: Sequence[topology.Peer], offers: Sequence[Offer]) -> tuple[list
             f"host {lost[0].host} offers only the loopback address {lost[0].address} to a job over several hosts; name"
             " an interface with nics=[…], or let the host's name resolve to its network address"
         )
-    host, port = next(offer.meeting for offer in offers if offer.meeting is not None)
-    return known, (host, port)
+    servers = next(offer.servers for offer in offers if offer.servers)
+    plane, reason = choose(
+        controller,
+        hosts=len({peer.host for peer in peers}),
+        all_have_mpi=all(offer.has_mpi for offer in offers),
+        all_have_rdma=all(offer.has_rdma for offer in offers),
+    )
+    addresses = {name: (host, port) for name, (host, port) in servers.items()}
+    return Agreement(known, plane, reason, addresses[plane], addresses["alarm"])
 
 
 def gather(barrier: BarrierTaskContext, text: str, nonce: str, timeout_s: float) -> list[str]:

@@ -17,12 +17,13 @@ import sys
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import cloudpickle
 
 from hvdspark.launch.child import DONE, FAILED, FRAME, READY
 from hvdspark.launch.process import BLOCK
+from hvdspark.worker import pmi
 
 # What a rank whose peers are gone raises; named, so that horovod need not be imported to know it.
 _PEER_ERRORS = frozenset({"HorovodInternalError", "HostsUpdatedInterrupt", "PeerLostError"})
@@ -62,7 +63,8 @@ def serve(answers: int) -> NoReturn:
     os.environ.update(json.loads(_read_block(sys.stdin.buffer)))
     payload, own = _read_block(sys.stdin.buffer), _read_block(sys.stdin.buffer)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    _finish(_run(payload, own, answers))
+    mpi = pmi.join()
+    _finish(_run(payload, own, answers), mpi)
 
 
 def _run(payload: bytes, own: bytes, answers: int) -> bool:
@@ -108,10 +110,12 @@ def _one_line(exc: BaseException) -> str:
     return f"{type(exc).__name__}: {message[0]}" if message else type(exc).__name__
 
 
-def _finish(succeeded: bool) -> NoReturn:
+def _finish(succeeded: bool, mpi: Any) -> NoReturn:
     """End at once. Interpreter teardown can hang in native threads that wait for peers which are gone."""
     if succeeded:
         atexit._run_exitfuncs()
+        if mpi is not None and not mpi.Is_finalized():
+            mpi.Finalize()
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

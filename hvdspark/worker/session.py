@@ -112,11 +112,11 @@ class Session:
     def rely_on(self, shared: SharedSum) -> None:
         """Make sums in shared memory from now on, and let Horovod, which stays at hand for the user's own code, rest.
 
-        Horovod takes its cycle time when it starts; so it starts again. It cannot do that under MPI.
+        Horovod takes its cycle time when it starts; so it starts again.
         """
         self._shared = shared
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
-        if _CYCLE_TIME not in os.environ and os.environ.get("HOROVOD_CONTROLLER") == "gloo":
+        if _CYCLE_TIME not in os.environ:
             self.hvd.shutdown()
             os.environ[_CYCLE_TIME] = _RESTING_CYCLE_MS
             try:

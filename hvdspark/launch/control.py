@@ -1,0 +1,97 @@
+"""The control planes by which ranks can meet: what each needs of a task, and which one a job takes."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes.util
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from hvdspark.launch import topology
+from hvdspark.launch.gloo import RendezvousServer, gloo_environment
+from hvdspark.launch.mpi import ProcessManager, mpi_environment
+
+logger = logging.getLogger(__name__)
+
+PLANES = ("gloo", "mpi")
+CONTROLLERS = (*PLANES, "auto")
+
+Address = tuple[str, int]
+Server = RendezvousServer | ProcessManager
+
+
+def open_servers(
+    controller: str, peers: Sequence[topology.Peer], own: int, token: str, stack: contextlib.ExitStack
+) -> dict[str, Server]:
+    """Open what ranks meet at, beside the first rank; it admits nobody yet.
+
+    Parameters
+    ----------
+    controller
+        What the user wants; for ``"auto"`` a server of each kind is opened.
+    peers, own
+        All tasks, and the partition of this one, whose address is known.
+    token
+        What a rank must know to be one.
+    stack
+        What closes the servers.
+
+    Returns
+    -------
+    dict of str to server
+        By control plane.
+    """
+    address = topology.meeting_address(peers, own)
+    ranks = topology.assign_ranks(peers)
+    hosts = list(dict.fromkeys(peer.host for peer in peers))
+    places = [hosts.index(context.host) for context in sorted(ranks.values(), key=lambda context: context.rank)]
+    found: dict[str, Server] = {}
+    if controller in ("gloo", "auto"):
+        found["gloo"] = stack.enter_context(RendezvousServer(address, (), len(peers)))
+    if controller in ("mpi", "auto"):
+        manager = ProcessManager(address, (), places, token)
+        stack.enter_context(manager)
+        found["mpi"] = manager
+    return found
+
+
+def environment_of(plane: str, address: Address, token: str, interface: str) -> Mapping[str, str]:
+    """Return the variables by which a rank meets the others at an address, and talks over one interface."""
+    if plane == "mpi":
+        return mpi_environment(address, token)
+    return gloo_environment(address, interface)
+
+
+def choose(controller: str, *, hosts: int, all_have_mpi: bool, all_have_rdma: bool) -> tuple[str, str]:
+    """Decide on a control plane; every task comes to the same.
+
+    Parameters
+    ----------
+    controller
+        What the user wants: one of `CONTROLLERS`.
+    hosts
+        How many there are.
+    all_have_mpi, all_have_rdma
+        Whether each of them has an MPI library, and an RDMA device that is up.
+
+    Returns
+    -------
+    plane, reason : str
+    """
+    if controller in PLANES:
+        return controller, "as asked for"
+    if hosts == 1:
+        return "gloo", "all ranks are on one host"
+    if not all_have_mpi:
+        return "gloo", "not every host has an MPI library"
+    if not all_have_rdma:
+        return "gloo", "not every host has an RDMA device that is up, and without one MPI is not ahead"
+    return "mpi", "all hosts have RDMA devices, which Gloo cannot use"
+
+
+def has_mpi() -> bool:
+    """Whether an MPI library of MPICH's family is where Horovod looks for it."""
+    in_environment = Path(sys.prefix, "lib", "libmpi.so.12").exists()
+    return in_environment or ctypes.util.find_library("mpich") is not None

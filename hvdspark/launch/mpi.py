@@ -1,0 +1,111 @@
+"""The MPI control plane: the process manager through which MPI ranks find each other, and Horovod's settings for it.
+
+An MPI library does not care who started its processes. It wants a *process manager* that tells it what other ranks
+there are and keeps the addresses that they leave for each other, and speaks to it in PMI-1, a protocol of lines
+(source: MPICH, ``src/pmi``; Slurm's managers and MPICH's own, hydra, speak it as well). The barrier tasks have started
+the ranks already, each under its guard, so the manager is all that is missing. Hydra would start processes of its own
+beside the guards, and it listens to anybody on all interfaces; this one takes the job's own ranks only, and holds only
+what they need to find each other.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import secrets
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from hvdspark.launch.lines import LineServer, Member
+
+# Where a rank finds its manager: "address:port:token". The process takes it out of its environment.
+MANAGER = "HVDSPARK_PMI"
+
+_KEY_BYTES, _VALUE_BYTES = 64, 1024
+_KEYS_PER_RANK = 64
+_FIELD = re.compile(r"(\w+)=(\S*)")
+
+
+class ProcessManager(LineServer):
+    """The process manager of one MPI job.
+
+    Parameters
+    ----------
+    address, hosts, token
+        As for :class:`~hvdspark.launch.lines.LineServer`.
+    places
+        For each rank the number of its host.
+    """
+
+    def __init__(self, address: str, hosts: Iterable[str], places: Sequence[int], token: str) -> None:
+        super().__init__(address, hosts, len(places), token)
+        self._values = {"PMI_process_mapping": process_mapping(places)}
+        # MPI names its shared memory so: two jobs of a host must not have the same.
+        self._space = f"hvdspark-{secrets.token_hex(8)}"
+        self._keys: Counter[int | None] = Counter()
+        self._waiting: set[int | None] = set()
+        self._commands: Mapping[str, Callable[[Member, Mapping[str, str]], bool]] = {
+            "put": self._put,
+            "get": self._get,
+            "barrier_in": self._barrier,
+        }
+        self._answers = {
+            "init": "cmd=response_to_init pmi_version=1 pmi_subversion=1 rc=0",
+            "get_maxes": f"cmd=maxes kvsname_max={_KEY_BYTES} keylen_max={_KEY_BYTES} vallen_max={_VALUE_BYTES} rc=0",
+            "get_appnum": "cmd=appnum appnum=0 rc=0",
+            "get_my_kvsname": f"cmd=my_kvsname kvsname={self._space} rc=0",
+            "get_universe_size": f"cmd=universe_size size={self.size} rc=0",
+            "finalize": "cmd=finalize_ack rc=0",
+        }
+
+    def obey(self, member: Member, line: str) -> bool:
+        """Answer a request; one that no rank makes, such as for more processes, ends the connection."""
+        fields = dict(_FIELD.findall(line))
+        name = fields.get("cmd", "")
+        if name in self._answers:
+            return member.say(self._answers[name])
+        return name in self._commands and self._commands[name](member, fields)
+
+    def _put(self, member: Member, fields: Mapping[str, str]) -> bool:
+        key, value = fields.get("key", ""), fields.get("value", "")
+        fits = 0 < len(key) <= _KEY_BYTES and len(value) <= _VALUE_BYTES and self._keys[member.number] < _KEYS_PER_RANK
+        if not fits or key in self._values:
+            return member.say("cmd=put_result rc=-1 msg=refused")
+        self._keys[member.number] += 1
+        self._values[key] = value
+        return member.say("cmd=put_result rc=0 msg=success")
+
+    def _get(self, member: Member, fields: Mapping[str, str]) -> bool:
+        value = self._values.get(fields.get("key", ""))
+        if value is None:
+            return member.say("cmd=get_result rc=-1 msg=not_found value=unknown")
+        return member.say(f"cmd=get_result rc=0 msg=success value={value}")
+
+    def _barrier(self, member: Member, _: Mapping[str, str]) -> bool:
+        self._waiting.add(member.number)
+        if len(self._waiting) == self.size:
+            self._waiting.clear()
+            for waiting in self.members.values():
+                waiting.say("cmd=barrier_out rc=0")
+        return True
+
+
+def process_mapping(places: Sequence[int]) -> str:
+    """Say which ranks share a host, in PMI's words: blocks of (first host, hosts, ranks on each).
+
+    Parameters
+    ----------
+    places
+        For each rank the number of its host; ranks of a host are neighbours.
+    """
+    blocks = [f"({host},1,{len(list(ranks))})" for host, ranks in itertools.groupby(places)]
+    return f"(vector,{','.join(blocks)})"
+
+
+def mpi_environment(manager: tuple[str, int], token: str) -> dict[str, str]:
+    """Return the variables that make Horovod use MPI and find its process manager."""
+    return {
+        "HOROVOD_CONTROLLER": "mpi",
+        "HOROVOD_CPU_OPERATIONS": "mpi",
+        MANAGER: f"{manager[0]}:{manager[1]}:{token}",
+    }

@@ -1,0 +1,41 @@
+"""Makes a training process a rank of an MPI job, with the job's process manager."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from typing import Any
+
+from hvdspark.launch.lines import connect
+from hvdspark.launch.mpi import MANAGER
+
+_CONNECT_TIMEOUT_S = 60.0
+
+
+def join() -> Any:
+    """Initialize MPI, where it is the control plane; waits for all ranks of the job.
+
+    It is done ahead of the work. So MPI is not Horovod's own: Horovod can be shut down and started again, and the
+    user's code can use it as well.
+
+    Returns
+    -------
+    module or None
+        ``mpi4py.MPI``, to be finalized when the work is done; ``None`` without MPI.
+    """
+    manager = os.environ.pop(MANAGER, None)
+    if manager is None:
+        return None
+    host, port, token = manager.rsplit(":", 2)
+    rank, size = os.environ["HOROVOD_RANK"], os.environ["HOROVOD_SIZE"]
+    connection = connect((host, int(port)), token, int(rank), _CONNECT_TIMEOUT_S)
+    os.environ.update(PMI_FD=str(connection.detach()), PMI_RANK=rank, PMI_SIZE=size)
+    mpi = importlib.import_module("mpi4py.MPI")
+    # What the ranks of a host share has a name until MPI is finalized, which a rank that is killed never does. All of
+    # them have it now, so the name goes.
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        path = Path(line.split(maxsplit=5)[-1])
+        if path.match("/dev/shm/mpich_shm_*"):
+            path.unlink(missing_ok=True)
+    return mpi

@@ -1,0 +1,107 @@
+"""The alarm: who hears it, and when."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from hvdspark.launch.alarm import Alarm, AlarmServer
+
+TOKEN = "secret"
+SIZE = 3
+QUIET_S = 0.2
+
+
+def rings(alarm: Alarm, within_s: float = 5.0) -> bool:
+    return bool(select.select([alarm], [], [], within_s)[0])
+
+
+@pytest.fixture
+def alarms() -> Iterator[list[Alarm]]:
+    with AlarmServer("127.0.0.1", ["127.0.0.1"], SIZE, TOKEN) as server, contextlib.ExitStack() as stack:
+        found = [stack.enter_context(Alarm(server.address, TOKEN, rank)) for rank in range(SIZE)]
+        # All are known to the server before anything happens.
+        deadline = time.monotonic() + 5
+        while len(server.members) < SIZE and time.monotonic() < deadline:
+            time.sleep(0.01)
+        yield found
+
+
+def test_all_others_hear_who_rings(alarms: list[Alarm]) -> None:
+    alarms[1].ring()
+    assert rings(alarms[0])
+    assert rings(alarms[2])
+    assert not rings(alarms[1], QUIET_S)
+
+
+def test_one_that_comes_late_hears_it_too() -> None:
+    with AlarmServer("127.0.0.1", ["127.0.0.1"], 2, TOKEN) as server:
+        with Alarm(server.address, TOKEN, 1) as early:
+            early.ring()
+            while not server.members:
+                time.sleep(0.01)
+        with Alarm(server.address, TOKEN, 0) as late:
+            assert rings(late)
+            late.through()
+
+
+def test_a_task_that_is_gone_without_a_word_rings(alarms: list[Alarm]) -> None:
+    with alarms[2]:
+        pass
+    assert rings(alarms[0])
+    assert rings(alarms[1])
+
+
+def test_one_that_is_through_may_go_and_hears_nothing_more(alarms: list[Alarm]) -> None:
+    alarms[0].through()
+    with alarms[0]:
+        pass
+    assert not rings(alarms[1], QUIET_S)
+    alarms[1].ring()
+    assert rings(alarms[2])
+
+
+def test_the_server_stays_until_all_are_through() -> None:
+    ended = threading.Event()
+
+    def serve(started: threading.Event, addresses: list[tuple[str, int]]) -> None:
+        with AlarmServer("127.0.0.1", ["127.0.0.1"], 2, TOKEN) as server:
+            addresses.append(server.address)
+            started.set()
+            while not server.members:
+                time.sleep(0.01)
+        ended.set()
+
+    started, addresses = threading.Event(), list[tuple[str, int]]()
+    thread = threading.Thread(target=serve, args=(started, addresses))
+    thread.start()
+    started.wait(5)
+    with Alarm(addresses[0], TOKEN, 0) as alarm:
+        assert not ended.wait(QUIET_S)
+        alarm.through()
+        assert ended.wait(5)
+    thread.join()
+
+
+def test_the_end_of_the_first_ranks_task_is_heard() -> None:
+    server = AlarmServer("127.0.0.1", ["127.0.0.1"], 2, TOKEN)
+    with pytest.raises(InterruptedError), server:  # noqa: PT012
+        alarm = Alarm(server.address, TOKEN, 1)
+        while not server.members:
+            time.sleep(0.01)
+        raise InterruptedError
+    assert rings(alarm)
+
+
+def test_a_stranger_neither_rings_nor_hears(alarms: list[Alarm]) -> None:
+    address = alarms[0]._connection.getpeername()[:2]
+    with socket.create_connection(address, timeout=5) as stranger:
+        stranger.sendall(b"wrong 1\nring\n")
+        assert stranger.recv(10) == b""
+    assert not rings(alarms[0], QUIET_S)

@@ -1,0 +1,223 @@
+"""The MPI process manager: what MPI needs of it, and what it denies everybody else."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hvdspark.launch.control import choose
+from hvdspark.launch.mpi import ProcessManager, mpi_environment, process_mapping
+
+TOKEN = "0123456789abcdef"
+TIMEOUT_S = 60
+
+
+@pytest.fixture
+def manager() -> Iterator[ProcessManager]:
+    running = ProcessManager("127.0.0.1", ["127.0.0.1"], [0, 0], TOKEN)
+    with running:
+        yield running
+
+
+class Peer:
+    """A connection that says lines."""
+
+    def __init__(self, manager: ProcessManager, hello: str | None = None) -> None:
+        self._connection = socket.create_connection(manager.address, timeout=10)
+        self._stream = self._connection.makefile("rw", encoding="ascii")
+        if hello is not None:
+            self.say(hello)
+
+    def say(self, text: str) -> None:
+        self._stream.write(text + "\n")
+        self._stream.flush()
+
+    def hear(self) -> str:
+        try:
+            return self._stream.readline().rstrip("\n")
+        except ConnectionResetError:
+            return ""
+
+    def ask(self, text: str) -> str:
+        self.say(text)
+        return self.hear()
+
+    def close(self) -> None:
+        self._stream.close()
+        self._connection.close()
+
+
+@pytest.fixture
+def ranks(manager: ProcessManager) -> Iterator[list[Peer]]:
+    found = [Peer(manager, f"{TOKEN} {number}") for number in range(2)]
+    yield found
+    for peer in found:
+        peer.close()
+
+
+def test_ranks_leave_values_for_each_other_and_wait_at_a_barrier(ranks: list[Peer]) -> None:
+    first, second = ranks
+    assert "rc=0" in first.ask("cmd=init pmi_version=1 pmi_subversion=1")
+    assert "kvsname=hvdspark" in first.ask("cmd=get_my_kvsname")
+    assert "vallen_max=1024" in second.ask("cmd=get_maxes")
+    assert "rc=0" in first.ask("cmd=put kvsname=hvdspark key=card-0 value=tcp#127.0.0.1:99$")
+    first.say("cmd=barrier_in")
+    second.say("cmd=barrier_in")
+    assert first.hear() == second.hear() == "cmd=barrier_out rc=0"
+    assert second.ask("cmd=get kvsname=hvdspark key=card-0").endswith("value=tcp#127.0.0.1:99$")
+    assert "rc=-1" in second.ask("cmd=get kvsname=hvdspark key=card-9")
+    assert first.ask("cmd=finalize") == "cmd=finalize_ack rc=0"
+
+
+def test_a_key_is_written_once_and_neither_it_nor_its_value_is_large(ranks: list[Peer]) -> None:
+    first, second = ranks
+    first.ask("cmd=put kvsname=hvdspark key=card value=mine")
+    assert "rc=-1" in second.ask("cmd=put kvsname=hvdspark key=card value=forged")
+    assert second.ask("cmd=get kvsname=hvdspark key=card").endswith("value=mine")
+    assert "rc=-1" in first.ask(f"cmd=put kvsname=hvdspark key={'k' * 65} value=x")
+    assert "rc=-1" in first.ask(f"cmd=put kvsname=hvdspark key=k value={'v' * 1025}")
+    answers = [first.ask(f"cmd=put kvsname=hvdspark key=k{number} value=x") for number in range(70)]
+    assert "rc=0" in answers[0]
+    assert "rc=-1" in answers[-1]
+
+
+@pytest.mark.parametrize(
+    "hello",
+    ["", f"{TOKEN}", f"{TOKEN} 2", f"{TOKEN} -1", f"{TOKEN[:-1]} 0", "x" * 5000, "GET / HTTP/1.1", f"{TOKEN} 0"],
+)
+def test_a_stranger_is_shown_the_door(manager: ProcessManager, ranks: list[Peer], hello: str) -> None:
+    assert "rc=0" in ranks[0].ask("cmd=get_appnum")
+    stranger = Peer(manager, hello)
+    try:
+        assert stranger.ask("cmd=get_my_kvsname") == ""
+    except (BrokenPipeError, ConnectionResetError):
+        pass
+    finally:
+        stranger.close()
+    assert "rc=0" in ranks[0].ask("cmd=get_appnum")
+
+
+@pytest.mark.parametrize("line", ["mcmd=spawn", "cmd=spawn execname=/bin/sh", "cmd=unknown", "garbage"])
+def test_a_rank_cannot_have_processes_started(ranks: list[Peer], line: str) -> None:
+    assert ranks[0].ask(line) == ""
+    assert "rc=0" in ranks[1].ask("cmd=get_appnum")
+
+
+@given(st.binary(min_size=1, max_size=200))
+def test_no_bytes_disturb_the_others(data: bytes) -> None:
+    with ProcessManager("127.0.0.1", ["127.0.0.1"], [0], TOKEN) as manager:
+        with socket.create_connection(manager.address, timeout=10) as stranger:
+            stranger.sendall(data)
+        rank = Peer(manager, f"{TOKEN} 0")  # type: ignore[arg-type]
+        assert "rc=0" in rank.ask("cmd=get_appnum")
+        rank.close()
+
+
+def test_hosts_that_are_not_of_the_job_are_not_answered() -> None:
+    with ProcessManager("127.0.0.1", ["127.0.0.9"], [0], TOKEN) as manager:
+        outsider = Peer(manager)  # type: ignore[arg-type]
+        assert outsider.hear() == ""
+        outsider.close()
+
+
+def test_who_comes_before_the_hosts_are_known_waits() -> None:
+    with ProcessManager("127.0.0.1", [], [0], TOKEN) as manager:
+        early = Peer(manager, f"{TOKEN} 0")  # type: ignore[arg-type]
+        early.say("cmd=get_appnum")
+        manager.admit(["127.0.0.1"])  # type: ignore[attr-defined]
+        assert "rc=0" in early.hear()
+        early.close()
+    with ProcessManager("127.0.0.1", [], [0], TOKEN):
+        pass  # one that is never told ends all the same
+
+
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    [
+        ([0], "(vector,(0,1,1))"),
+        ([0, 0, 1], "(vector,(0,1,2),(1,1,1))"),
+        ([0, 1, 1, 2], "(vector,(0,1,1),(1,1,2),(2,1,1))"),
+    ],
+)
+def test_the_mapping_says_which_ranks_share_a_host(places: Sequence[int], expected: str) -> None:
+    assert process_mapping(places) == expected
+
+
+def rank_of(manager: ProcessManager, rank: int, size: int, program: str) -> subprocess.Popen[str]:
+    """Start a rank."""
+    own = {"HOROVOD_RANK": str(rank), "HOROVOD_SIZE": str(size), "UCX_NET_DEVICES": "lo", "FI_TCP_IFACE": "lo"}
+    env = os.environ | mpi_environment(manager.address, TOKEN) | own
+    return subprocess.Popen([sys.executable, "-c", program], env=env, stdout=subprocess.PIPE, text=True)
+
+
+KILLED = """
+import os, signal
+from hvdspark.worker import pmi
+pmi.join().COMM_WORLD.Barrier()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+RANK = """
+from hvdspark.worker import pmi
+MPI = pmi.join()
+world = MPI.COMM_WORLD
+local = world.Split_type(MPI.COMM_TYPE_SHARED)
+print(world.rank, world.size, local.rank, local.size, world.allreduce(world.rank + 1), flush=True)
+MPI.Finalize()
+"""
+
+
+@pytest.mark.parametrize(
+    ("places", "local"), [([0, 0], [(0, 2), (1, 2)]), ([0, 0, 1], [(0, 2), (1, 2), (0, 1)]), ([0], [(0, 1)])]
+)
+def test_mpi_comes_up_with_the_ranks_and_hosts_of_the_manager(places: list[int], local: list[tuple[int, int]]) -> None:
+    size = len(places)
+    with ProcessManager("127.0.0.1", ["127.0.0.1"], places, TOKEN) as manager:
+        started = [rank_of(manager, rank, size, RANK) for rank in range(size)]
+        found = [process.communicate(timeout=TIMEOUT_S)[0].split() for process in started]
+    assert {process.returncode for process in started} == {0}
+    total = str(size * (size + 1) // 2)
+    assert found == [
+        [str(rank), str(size), str(local_rank), str(local_size), total]
+        for rank, (local_rank, local_size) in enumerate(local)
+    ]
+
+
+def test_ranks_that_are_killed_leave_no_shared_memory() -> None:
+    def shared() -> set[str]:
+        return {path.name for path in Path("/dev/shm").glob("mpich_shm_*")}
+
+    before = shared()
+    with ProcessManager("127.0.0.1", ["127.0.0.1"], [0, 0], TOKEN) as manager:
+        started = [rank_of(manager, rank, 2, KILLED) for rank in range(2)]
+        for process in started:
+            process.communicate(timeout=TIMEOUT_S)
+    assert {process.returncode for process in started} == {-signal.SIGKILL}
+    assert shared() <= before
+
+
+@pytest.mark.parametrize(
+    ("controller", "hosts", "has_mpi", "has_rdma", "expected"),
+    [
+        ("mpi", 1, False, False, "mpi"),
+        ("gloo", 2, True, True, "gloo"),
+        ("auto", 1, True, True, "gloo"),
+        ("auto", 2, True, True, "mpi"),
+        ("auto", 2, True, False, "gloo"),
+        ("auto", 2, False, True, "gloo"),
+    ],
+)
+def test_mpi_is_chosen_where_it_can_do_what_gloo_cannot(
+    controller: str, hosts: int, has_mpi: bool, has_rdma: bool, expected: str
+) -> None:
+    plane, reason = choose(controller, hosts=hosts, all_have_mpi=has_mpi, all_have_rdma=has_rdma)
+    assert plane == expected
+    assert reason
