@@ -22,6 +22,11 @@ def positive_int(name: str) -> Converter:
     return _checked(name, TypeConverters.toInt, lambda value: value >= 1, "an integer of at least 1")
 
 
+def non_negative_int(name: str) -> Converter:
+    """Return a converter to an integer of at least zero."""
+    return _checked(name, TypeConverters.toInt, lambda value: value >= 0, "an integer of at least 0")
+
+
 def positive_float(name: str) -> Converter:
     """Return a converter to a number above zero."""
     return _checked(name, TypeConverters.toFloat, lambda value: 0 < value < math.inf, "a number above 0")

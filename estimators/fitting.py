@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING
@@ -21,21 +22,25 @@ from hvdspark.estimators.outputs import planned_outputs
 from hvdspark.estimators.sources import RowSource
 from pyspark.sql.types import StructType
 
+from hvdspark.data.feed import FedStage
 from hvdspark.data.partitions import Split
 from hvdspark.data.planning import FitDraft
-from hvdspark.errors import ParamError
+from hvdspark.errors import ParamError, StageLostError, WorkerFailedError
 from hvdspark.launch.barrier import LaunchOptions, run_barrier, warm_up
 from hvdspark.launch.slots import check_slots, count_slots
+from hvdspark.lease import held, is_held
 from hvdspark.plan import BatchSpec, ColumnSpec, FitPlan, TrainResult
 from hvdspark.predict import scored_schema
 from hvdspark.store import Store
-from hvdspark.worker.checkpoint import run_folder
+from hvdspark.worker.checkpoint import MODEL, run_folder
 
 if TYPE_CHECKING:
     from hvdspark.estimators.base import HorovodEstimator, HorovodModel
     from pyspark.sql import SparkSession
 
 logger = logging.getLogger(__name__)
+
+_LEASE = "driver"
 
 
 class Fit:
@@ -61,6 +66,9 @@ class Fit:
         with self._timed("check"):
             store, draft, options = self._check(session)
         with ExitStack() as stack:
+            # A fit that fails before the ranks begin leaves nothing.
+            stack.callback(store.delete_if_empty, run_folder(self._run_id))
+            stack.enter_context(held(store, run_folder(self._run_id), _LEASE))
             with self._timed("write"):
                 meanwhile = partial(warm_up, session, draft.size, options)
                 work = stack.enter_context(self._source.provided(draft, meanwhile))
@@ -69,7 +77,7 @@ class Fit:
                 self._describe(work.plan)
                 job = job.after(work.plan)
             with self._timed("launch"):
-                answers = run_barrier(session, draft.size, cloudpickle.dumps(job), options, work.rows)
+                answers = self._launch(session, draft.size, cloudpickle.dumps(job), options, work.rows)
         # The answer came through Spark's own channel from a process that this fit started.
         result: TrainResult = cloudpickle.loads(answers[0])
         with self._timed("publish"):
@@ -82,6 +90,22 @@ class Fit:
         self._say("phases: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self._phases.items()))
         self._say(f"{result.rows_per_s:,.0f} rows per second; steps waited {result.data_wait_share:.1%} for rows")
         return model
+
+    def _launch(
+        self, session: SparkSession, size: int, payload: bytes, options: LaunchOptions, rows: FedStage | None
+    ) -> list[bytes]:
+        """Run the ranks, and again from their last checkpoint when some were killed or lost."""
+        attempts = 1 + self._estimator._value("max_restarts")
+        for attempt in range(1, attempts + 1):
+            logs = options.logs if attempt == 1 else f"{options.logs}/attempt-{attempt}"
+            try:
+                return run_barrier(session, size, payload, replace(options, logs=logs), rows)
+            except (WorkerFailedError, StageLostError) as exc:
+                if not exc.is_passing or attempt == attempts:
+                    raise
+                cause = str(exc).partition("\n")[0]
+                logger.warning("%s: %s; restart %d of %d", self._run_id, cause, attempt, attempts - 1)
+        raise AssertionError("the last attempt returns or raises")
 
     def _check(self, session: SparkSession) -> tuple[Store, FitDraft, LaunchOptions]:
         """Find every error that can be found without a Spark job; returns what the fit goes by."""
@@ -104,12 +128,23 @@ class Fit:
         options = estimator._launch_options(self._run_id, store)
         check_slots(session, num_proc, options.slots_timeout_s)
         store.check_writable()
-        if store.exists(run_folder(self._run_id)):
+        self._check_run(store)
+        return store, draft, options
+
+    def _check_run(self, store: Store) -> None:
+        """Refuse a run that is finished, or that another fit is at; one that was interrupted goes on."""
+        folder = run_folder(self._run_id)
+        if any(name.startswith(f"{MODEL}.") for name in store.list(folder)):
             raise ParamError(
-                f"run_id='{self._run_id}' exists already in {store}; give another one, or none for a new one",
+                f"run_id='{self._run_id}' exists already in {store} and is finished; give another one, or none for a"
+                " new one",
                 param="run_id",
             )
-        return store, draft, options
+        if is_held(store, folder, _LEASE):
+            raise ParamError(
+                f"run_id='{self._run_id}' is being trained by another fit; wait for it, or give another one",
+                param="run_id",
+            )
 
     def _split(self) -> Split:
         validation = self._estimator._value("validation")

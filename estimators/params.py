@@ -17,6 +17,7 @@ from hvdspark.estimators.converters import (
     boolean_or,
     column_names,
     integer,
+    non_negative_int,
     one_of,
     output_types,
     positive_float,
@@ -259,6 +260,19 @@ class EstimatorParams(ModelParams):
         boolean("warm_pool"),
     )
     nics = param("nics", "network interfaces that the ranks may use", column_names("nics"))
+    max_restarts = param(
+        "max_restarts",
+        "how often the ranks are started again when some were killed or lost",
+        non_negative_int("max_restarts"),
+    )
+    checkpoint_steps = param(
+        "checkpoint_steps",
+        "steps after which the state of the training is kept, besides the end of every epoch",
+        positive_int("checkpoint_steps"),
+    )
+    keep_checkpoints = param(
+        "keep_checkpoints", "how many states of the training are kept", positive_int("keep_checkpoints")
+    )
     rdma = param(
         "rdma",
         "whether to use RDMA devices: 'auto' where there are any, True to insist on them, False never",

@@ -200,6 +200,18 @@ class NotEnoughSlotsError(LaunchError):
     available: int
 
 
+class StageLostError(LaunchError):
+    """Spark lost the stage that ran the ranks: an executor died, or the job was cancelled.
+
+    Attributes
+    ----------
+    is_passing : bool
+        Whether another attempt may succeed: nobody cancelled it.
+    """
+
+    is_passing: bool
+
+
 class RendezvousError(LaunchError):
     """The ranks started but did not find each other."""
 
@@ -219,11 +231,14 @@ class WorkerFailedError(HvdSparkError):
         The rank that failed first, on its own account; the others noticed that it was gone.
     log_tail : str
         The last lines that this rank wrote.
+    is_passing : bool
+        Whether another attempt may succeed: the rank was killed or lost, and its own work raised nothing.
     """
 
     failures: Mapping[int, str]
     root_cause: int
     log_tail: str
+    is_passing: bool
 
 
 class PeerLostError(HvdSparkError):

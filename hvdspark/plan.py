@@ -415,6 +415,11 @@ class FitPlan:
     validation_steps_per_epoch: int | None = None
     data: StoreRef | None = None
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Training steps of an epoch, which all ranks take together."""
+        return self.train_steps_per_epoch or self.train.steps
+
 
 @dataclass(frozen=True)
 class TrainResult:

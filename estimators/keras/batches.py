@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -52,9 +53,9 @@ class StepFacts:
     total: np.ndarray
     apply: np.ndarray
 
-    def of(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the facts of some steps, counted from the first pass on."""
-        steps = np.arange(first, first + count) % len(self.rows)
+    def of(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the facts of the steps from ``first`` to before ``stop``, counted from the first pass on."""
+        steps = np.arange(first, stop) % len(self.rows)
         return self.rows[steps], self.total[steps], self.apply[steps]
 
 
@@ -136,7 +137,7 @@ class Batches:
             apply=np.array([step == steps[-1] or (step + 1) % passes_per_step == 0 for step in steps]),
         )
 
-    def chunks(self, passes: int, *, fill: bool) -> tf.data.Dataset:
+    def chunks(self, passes: int, *, fill: bool, first: int = 0) -> tf.data.Dataset:
         """Return the rows as chunks of whole batches; only the last batch of a pass is smaller.
 
         Parameters
@@ -145,10 +146,14 @@ class Batches:
             How often the rows come.
         fill
             Whether a chunk of one row stands for each step in which this rank has none.
+        first
+            The step to begin with, counted from the first pass on; those before it have been taken earlier.
         """
         idle = self._shards.steps - self.own_steps if fill else 0
         filler = (self._filler(),) * idle if idle else ()
-        found = tf.data.Dataset.from_generator(lambda: self._chunks(passes, filler), output_signature=self.signature)
+        found = tf.data.Dataset.from_generator(
+            lambda: self._chunks(passes, filler, first), output_signature=self.signature
+        )
         options = tf.data.Options()
         # There is nothing to tune, and the thread that would do it sleeps ever longer, up to a minute, while the
         # iterator's end waits for it.
@@ -172,17 +177,28 @@ class Batches:
         """Read one row as flat tensors, to build a model that knows its shapes only then."""
         return _tensors(self._one_row(), self._plan.batch)
 
-    def _chunks(self, passes: int, filler: Iterable[tuple[Block, ...]]) -> Iterator[tuple[Block, ...]]:
+    def _chunks(self, passes: int, filler: Sequence[tuple[Block, ...]], first: int) -> Iterator[tuple[Block, ...]]:
         """Yield the rank's rows, pass after pass, and the filler at the end of each."""
-        for blocks in self._source.passes(range(passes), self._chunk_rows):
-            yield from (_tensors(item, self._stored) for item in blocks)
-            yield from filler
+        number, skipped = divmod(first, self._shards.steps)
+        for blocks in self._source.passes(range(number, passes), self._chunk_rows):
+            chunks = itertools.chain((_tensors(item, self._stored) for item in blocks), filler)
+            yield from _without(chunks, skipped, self._shards.batch_rows)
+            skipped = 0
 
     def _filler(self) -> tuple[Block, ...]:
         return _tensors(stack(self._one_row(), self._stacks), self._stored)
 
     def _one_row(self) -> Blocks:
         return read_group(self._store, self._plan.dataset, self._needed, filler_read(self._shards, self._rank))
+
+
+def _without(chunks: Iterable[tuple[Block, ...]], steps: int, batch_rows: int) -> Iterator[tuple[Block, ...]]:
+    """Leave out the first steps."""
+    for chunk in chunks:
+        held = -(-len(chunk[0]) // batch_rows)
+        if steps < held:
+            yield tuple(tensor[steps * batch_rows :] for tensor in chunk) if steps else chunk
+        steps = max(0, steps - held)
 
 
 def _tensors(blocks: Blocks, batch: BatchSpec) -> tuple[Block, ...]:

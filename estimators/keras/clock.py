@@ -44,5 +44,7 @@ class StepClock:
         return waited_s / seconds
 
     def _sums(self) -> tuple[int, float, float]:
+        if not self._epochs:  # an attempt that had nothing left to do
+            return 0, 1e-9, 0.0
         rows, seconds, waited_s = zip(*(self._epochs[1:] or self._epochs), strict=True)
         return sum(rows), max(sum(seconds), 1e-9), sum(waited_s)

@@ -100,8 +100,14 @@ class KerasEstimator(HorovodEstimator, Persistable):
         ``True`` to insist on it, ``False``.
     start_timeout, backend_env, use_gpu
         How the ranks are started.
+    max_restarts
+        How often the ranks are started again, from the last checkpoint, when some of them were killed or lost; default
+        3. An error that the training itself raises is not tried again.
+    checkpoint_steps, keep_checkpoints
+        The state of the training is kept at the end of every epoch and, where given, every so many steps; the last two
+        by default.
     run_id
-        Name of the run's folder in the Store.
+        Name of the run's folder in the Store. One that was interrupted goes on from its last checkpoint.
     others
         Every other keyword of ``horovod.spark.keras.KerasEstimator`` is taken with a warning where it has nothing to
         tune here, or refused with what to do instead.
@@ -169,6 +175,9 @@ class KerasEstimator(HorovodEstimator, Persistable):
         random_seed: int | None = None,
         verbose: int | None = None,
         run_id: str | None = None,
+        max_restarts: int | None = None,
+        checkpoint_steps: int | None = None,
+        keep_checkpoints: int | None = None,
         output_cols: Sequence[str] | None = None,
         output_types: Sequence[str | None] | None = None,
         transform_batch_size: int | None = None,
@@ -208,6 +217,8 @@ class KerasEstimator(HorovodEstimator, Persistable):
             use_gpu=True,
             controller="gloo",
             rdma="auto",
+            max_restarts=3,
+            keep_checkpoints=2,
             start_timeout=120.0,
             warm_pool=True,
             transform_batch_size=4096,
@@ -284,6 +295,8 @@ class KerasEstimator(HorovodEstimator, Persistable):
             passes_per_step=self._value("backward_passes_per_step"),
             best_of=self._best_of(),
             use_gpu=self._value("use_gpu"),
+            checkpoint_steps=self._value("checkpoint_steps"),
+            keep_checkpoints=self._value("keep_checkpoints"),
         )
         # By address: only the training processes import TensorFlow's Horovod.
         return Job(self._trainer, (spec,))

@@ -42,11 +42,13 @@ class StepFeed:
         How often they come.
     fill
         Whether there are steps too in which this rank has no row.
+    first
+        The step to begin with.
     """
 
-    def __init__(self, batches: Batches, passes: int, *, fill: bool) -> None:
+    def __init__(self, batches: Batches, passes: int, *, fill: bool, first: int = 0) -> None:
         self._batches = batches
-        self._chunks = iter(batches.chunks(passes, fill=fill))
+        self._chunks = iter(batches.chunks(passes, fill=fill, first=first))
         self._chunk: Any = None
         self._taken = self._held = 0
 

@@ -55,6 +55,11 @@ class GradientReducer:
         self._sums: list[tf.Variable] = []
         self._seen: tf.Variable | None = None
 
+    @property
+    def variables(self) -> list[tf.Variable]:
+        """What this rank has added up and not sent yet."""
+        return self._sums + ([] if self._seen is None else [self._seen])
+
     def begin(self, step: StepRows) -> None:
         """Say what the gradients that come next stand for; called while the step is traced."""
         self._step = step
@@ -155,6 +160,16 @@ class LearningRateScale:
         self._schedule = self._optimizer._learning_rate
         self._is_schedule = isinstance(self._schedule, keras.optimizers.schedules.LearningRateSchedule)
         self._multiply(factor)
+
+    @property
+    def factor(self) -> float:
+        """What the rate is multiplied by."""
+        return self._factor
+
+    def rescale(self, before: float) -> None:
+        """Take a rate over that was multiplied by another factor, in a training on more or fewer ranks."""
+        if not self._is_schedule and before != self._factor:
+            self._optimizer.learning_rate = float(self._optimizer.learning_rate) * self._factor / before
 
     @contextlib.contextmanager
     def taken_out(self) -> Iterator[None]:

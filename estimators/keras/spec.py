@@ -34,6 +34,10 @@ class KerasSpec:
         See :class:`~hvdspark.estimators.keras.optimizer.GradientReducer`.
     best_of
         Which epoch's model is kept.
+    checkpoint_steps
+        Steps after which the state of the training is kept, besides the end of every epoch; ``None`` for then only.
+    keep_checkpoints
+        How many of these states are kept.
     use_gpu
         Whether to use the GPU of the local rank, where there is one.
     """
@@ -49,3 +53,5 @@ class KerasSpec:
     passes_per_step: int
     best_of: BestOf | None
     use_gpu: bool
+    checkpoint_steps: int | None = None
+    keep_checkpoints: int = 2

@@ -21,7 +21,9 @@ from hvdspark.estimators.keras.clock import StepClock
 from hvdspark.estimators.keras.feeding import StepFeed
 from hvdspark.estimators.keras.metrics import current_metrics, global_metrics
 from hvdspark.estimators.keras.optimizer import GradientReducer, LearningRateScale, StepRows
+from hvdspark.estimators.keras.snapshot import Snapshot
 from hvdspark.estimators.keras.spec import KerasSpec
+from hvdspark.estimators.keras.states import Place, States
 
 from hvdspark.data.shardcache import CacheRoom
 from hvdspark.plan import FitPlan, ModelTensor, ShardPlan, TrainResult
@@ -92,6 +94,7 @@ class _Training:
             return None
         with self._timed("publish"):
             path = self._checkpoints.publish()
+            self._states.clear()
         inputs, outputs = codec.describe(self._model)
         return TrainResult(
             history=history,
@@ -105,7 +108,7 @@ class _Training:
 
     @property
     def _steps_per_epoch(self) -> int:
-        return self._plan.train_steps_per_epoch or self._plan.train.steps
+        return self._plan.steps_per_epoch
 
     def _open(self, shards: ShardPlan, room: CacheRoom, passes: int, *, shuffle: bool) -> Batches:
         plan, rank = self._plan, self._session.context.rank
@@ -176,31 +179,38 @@ class _Training:
         )
 
     def _epochs(self) -> dict[str, list[float]]:
-        """Run all epochs; returns the history."""
+        """Run all epochs that are left; returns the history of all."""
         plan, session = self._plan, self._session
         callbacks = self._callbacks()
-        steps = self._steps_per_epoch
-        passes = ENDLESS if plan.train_steps_per_epoch else plan.epochs
-        feed = StepFeed(self._batches, passes, fill=True)
-        step = 0
-        logs: dict[str, float] = {}
+        snapshot = Snapshot(self._model, callbacks.callbacks, self._reducer.variables)
+        self._states = States(plan, self._spec, session, snapshot, self._rate, self._checkpoints)
         self._model.stop_training = False
         callbacks.on_train_begin()
-        for epoch in range(plan.epochs):
+        if self._states.exist:
+            self._build_metrics()
+        place = self._states.resume()
+        steps = self._steps_per_epoch
+        passes = ENDLESS if plan.train_steps_per_epoch else plan.epochs
+        feed = StepFeed(self._batches, passes, fill=True, first=place.step)
+        logs = dict(place.logs)
+        for epoch in range(place.step // steps, plan.epochs if not place.stopped else 0):
+            first = epoch * steps
             self._clock.start()
-            self._model.reset_metrics()
-            callbacks.on_epoch_begin(epoch)
-            rows = self._run_steps(feed, callbacks, steps, step)
-            step += steps
+            if place.step <= first:
+                self._model.reset_metrics()
+                callbacks.on_epoch_begin(epoch)
+            rows = self._run_steps(feed, callbacks, steps, first, max(place.step - first, 0))
             logs = global_metrics(self._model, session, rows, "hvdspark_train_metrics")
-            self._clock.stop(int(self._facts.of(step - steps, steps)[1].sum(dtype=np.int64)))
+            self._clock.stop(int(self._facts.of(max(first, place.step), first + steps)[1].sum(dtype=np.int64)))
             self._average_statistics()
             logs |= {f"val_{name}": value for name, value in self._validate(callbacks).items()}
             callbacks.on_epoch_end(epoch, logs)
             if session.is_first:
                 logger.info("epoch %d/%d: %s", epoch + 1, plan.epochs, _show(logs))
                 self._checkpoints.save(logs, self._serialize)
-            if session.any(bool(self._model.stop_training), "hvdspark_stop"):
+            stopped = session.any(bool(self._model.stop_training), "hvdspark_stop")
+            self._states.keep(Place(first + steps, logs, stopped))
+            if stopped:
                 self._model.stop_training = True
                 break
         self._finish(callbacks, logs)
@@ -228,18 +238,23 @@ class _Training:
             variable.assign(mean.reshape(variable.shape))
             start += len(state)
 
-    def _run_steps(self, feed: StepFeed, callbacks: Any, steps: int, first: int) -> int:
-        """Take the steps of one epoch; returns the rows of this rank in them."""
+    def _run_steps(self, feed: StepFeed, callbacks: Any, steps: int, first: int, step: int) -> int:
+        """Take the steps of one epoch from some step on; returns the rows of this rank in all of them."""
         per_call = 1 if self._watches_batches else STEPS_PER_CALL
-        step = 0
+        interval = self._spec.checkpoint_steps
         while step < steps:
-            portion = feed.take(min(per_call, steps - step), self._clock.waiting())
+            most = min(per_call, steps - step)
+            if interval:
+                most = min(most, interval - (first + step) % interval)
+            portion = feed.take(most, self._clock.waiting())
             callbacks.on_train_batch_begin(step)
-            self._train_steps(portion.chunk, portion.start, *self._facts.of(first + step, portion.count))
+            self._train_steps(portion.chunk, portion.start, *self._facts.of(first + step, first + step + portion.count))
             step += portion.count
             if self._watches_batches:
                 callbacks.on_train_batch_end(step - 1, current_metrics(self._model))
-        return int(self._facts.of(first, steps)[0].sum(dtype=np.int64))
+            if interval and (first + step) % interval == 0 and step < steps:
+                self._states.keep(Place(first + step))
+        return int(self._facts.of(first, first + steps)[0].sum(dtype=np.int64))
 
     def _validate(self, callbacks: Any) -> dict[str, float]:
         """Evaluate on the validation rows of all ranks."""

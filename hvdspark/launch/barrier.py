@@ -30,6 +30,7 @@ from hvdspark.errors import (
     ParamError,
     RendezvousError,
     SchemaError,
+    StageLostError,
     WorkerFailedError,
     closest,
     from_plain,
@@ -381,9 +382,10 @@ def _lost_stage(exc: Exception) -> HvdSparkError:
     """Translate an exception of Spark's own: the stage as a whole was lost, not the work of a rank."""
     text = str(exc).strip()
     first = next((line.strip() for line in text.splitlines() if line.strip()), type(exc).__name__)
-    return LaunchError(
+    return StageLostError(
         f"the barrier stage was lost: {first}. An executor may have died or the job was cancelled; Spark's own log"
-        " tells more."
+        " tells more.",
+        is_passing=not isinstance(exc, KeyboardInterrupt) and "cancel" not in text.lower(),
     )
 
 
@@ -412,4 +414,5 @@ def _error_of(failures: Sequence[Failure], options: LaunchOptions) -> HvdSparkEr
         failures={failure.rank: failure.error for failure in failures},
         root_cause=first.rank,
         log_tail=first.log_tail,
+        is_passing=first.kind in ("died", "peer"),
     )

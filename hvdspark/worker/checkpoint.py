@@ -69,6 +69,15 @@ class Checkpoints:
         self._best_of = best_of
         self._best_value = math.nan
 
+    @property
+    def best_value(self) -> float:
+        """The metric's best value so far; NaN before there is one. Set where another attempt goes on."""
+        return self._best_value
+
+    @best_value.setter
+    def best_value(self, value: float) -> None:
+        self._best_value = value
+
     def save(self, logs: Mapping[str, float], serialize: Callable[[], bytes]) -> None:
         """Keep the model of an epoch that has just ended.
 

@@ -231,7 +231,7 @@ def test_each_rank_reads_its_rows_once_whatever_the_partitions(
                 for chunk in batches.chunks(2, fill=True):
                     for place in range(batches.steps_in(chunk)):
                         ids = np.asarray(batches.batch(chunk, place)[1])
-                        (own,), (total,), (apply,) = facts.of(number, 1)
+                        (own,), (total,), (apply,) = facts.of(number, number + 1)
                         assert apply
                         assert 0 < total <= 16 * ranks
                         if own:

@@ -82,16 +82,16 @@ def steps_of(
     facts = source.facts(per_step)
     taken = []
     for batch in batches_of(source, passes, fill=True):
-        (rows,), (total,), (apply,) = facts.of(len(taken), 1)
+        (rows,), (total,), (apply,) = facts.of(len(taken), len(taken) + 1)
         taken.append((numbers_of(batch), float(rows), float(total), bool(apply)))
     return taken
 
 
-def batches_of(source: Batches, passes: int, *, fill: bool) -> list[Any]:
+def batches_of(source: Batches, passes: int, *, fill: bool, first: int = 0) -> list[Any]:
     """Cut all chunks into their batches."""
     return [
         source.batch(chunk, step)
-        for chunk in source.chunks(passes, fill=fill)
+        for chunk in source.chunks(passes, fill=fill, first=first)
         for step in range(source.steps_in(chunk))
     ]
 
@@ -193,6 +193,23 @@ def test_steps_are_handed_out_across_chunks_and_passes(
     sizes = {source.steps_in(chunk) for chunk in source.chunks(1, fill=True)}
     assert sizes == {1: {1}, 1 << 20: {6}}.get(chunk_bytes, sizes)
     assert chunk_bytes in (1, 1 << 20) or 1 < max(sizes) < 6
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 200, 1 << 20])
+@pytest.mark.parametrize("first", range(13))
+def test_a_training_that_goes_on_gets_the_steps_that_are_left(
+    written: Any, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, first: int
+) -> None:
+    """Two passes of six steps, the last of which finds this rank without a row."""
+    shards = shards_of(written, 3, 2, rows=13)
+    monkeypatch.setattr(module, "CHUNK_BYTES", chunk_bytes)
+
+    def rows_of(first: int) -> list[list[int]]:
+        source = batches(written, 2, shards, shuffle=True)
+        return [numbers_of(batch) for batch in batches_of(source, 2, fill=True, first=first)]
+
+    assert shards.has_idle_steps
+    assert rows_of(first) == rows_of(0)[first:]
 
 
 def test_the_sample_is_one_row(written: Any) -> None:

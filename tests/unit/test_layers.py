@@ -50,7 +50,20 @@ FORBIDDEN = {
 }
 
 # These run in the training process, where pyspark has no business.
-IN_THE_RANK = ("trainer", "allreduce", "batches", "clock", "feeding", "lean", "metrics", "optimizer", "spec", "codec")
+IN_THE_RANK = (
+    "trainer",
+    "allreduce",
+    "batches",
+    "clock",
+    "codec",
+    "feeding",
+    "lean",
+    "metrics",
+    "optimizer",
+    "snapshot",
+    "spec",
+    "states",
+)
 
 
 def modules() -> Iterator[tuple[str, Path]]:

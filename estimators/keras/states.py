@@ -1,0 +1,160 @@
+"""Keeps the state of a Keras training, and goes on from the last one that was kept."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from hvdspark.estimators.keras.optimizer import LearningRateScale
+from hvdspark.estimators.keras.snapshot import Snapshot
+from hvdspark.estimators.keras.spec import KerasSpec
+
+from hvdspark.errors import ParamError, StoreError
+from hvdspark.plan import FitPlan
+from hvdspark.store import Store
+from hvdspark.worker.checkpoint import Checkpoints
+from hvdspark.worker.session import Session
+from hvdspark.worker.state import StateFiles
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a training is.
+
+    Parameters
+    ----------
+    step
+        Steps that were taken, of all epochs.
+    logs
+        The metrics of the last epoch that ended.
+    stopped
+        Whether a callback has ended the training.
+    """
+
+    step: int
+    logs: Mapping[str, float] = field(default_factory=dict)
+    stopped: bool = False
+
+
+class States:
+    """The states of one training, seen from one rank; all ranks call the same in the same order.
+
+    Parameters
+    ----------
+    plan, spec, session
+        The training.
+    snapshot
+        What there is to remember.
+    rate
+        By what the learning rate is multiplied.
+    checkpoints
+        Knows the best epoch so far.
+    """
+
+    def __init__(
+        self,
+        plan: FitPlan,
+        spec: KerasSpec,
+        session: Session,
+        snapshot: Snapshot,
+        rate: LearningRateScale,
+        checkpoints: Checkpoints,
+    ) -> None:
+        self._plan = plan
+        self._session = session
+        self._snapshot = snapshot
+        self._rate = rate
+        self._checkpoints = checkpoints
+        context = session.context
+        store = Store.from_ref(plan.store)
+        self._files = StateFiles(store, plan.run_id, context.rank, context.size, spec.keep_checkpoints)
+        latest = self._files.latest() if session.is_first else None
+        self._latest = int(session.gather(-1 if latest is None else latest, "hvdspark_resume")[0])
+
+    @property
+    def exist(self) -> bool:
+        """Whether there is a state to go on from."""
+        return self._latest >= 0
+
+    def resume(self) -> Place:
+        """Go on from the last state that is whole; returns where that is.
+
+        Raises
+        ------
+        ParamError
+            When the run was begun with other settings.
+        CorruptDatasetError
+            When it was begun with another model.
+        """
+        if not self.exist:
+            return Place(0)
+        state = self._files.load(self._latest)
+        self._check(state.info["settings"])
+        self._snapshot.restore(state.shared, state.own)
+        # A rank that is new has callbacks that know what the first rank's knew.
+        self._snapshot.restore_callbacks(state.first if state.own is None else state.own)
+        self._rate.rescale(state.info["rate_factor"])
+        self._checkpoints.best_value = state.info["best_value"]
+        place = Place(state.step, state.info["logs"], state.info["stopped"])
+        steps, before = self._plan.steps_per_epoch, state.info["steps_per_epoch"]
+        if steps != before:
+            # On more or fewer ranks an epoch has other steps; one that had begun begins again.
+            place = replace(place, step=state.step // before * steps)
+        if self._session.is_first:
+            logger.info(
+                "going on from the checkpoint at epoch %d, step %d", place.step // steps + 1, place.step % steps
+            )
+        return place
+
+    def keep(self, place: Place) -> None:
+        """Write a state; where that fails, the training goes on all the same, and earlier states are there still."""
+        error: Exception | None = None
+        try:
+            self._files.write_own(place.step, self._snapshot.own())
+        except (OSError, StoreError) as exc:
+            error = exc
+        is_incomplete = self._session.any(error is not None, "hvdspark_state")
+        if self._session.is_first and not is_incomplete:
+            try:
+                self._files.publish(place.step, self._snapshot.shared(), self._info(place))
+            except (OSError, StoreError) as exc:
+                error = exc
+        if error is not None:
+            logger.warning("no checkpoint of step %d: %s", place.step, error)
+
+    def clear(self) -> None:
+        """Remove all states: the model is in the Store."""
+        self._files.clear()
+
+    def _info(self, place: Place) -> dict[str, Any]:
+        return {
+            "settings": self._settings(),
+            "steps_per_epoch": self._plan.steps_per_epoch,
+            "rate_factor": self._rate.factor,
+            "best_value": self._checkpoints.best_value,
+            "logs": {name: float(value) for name, value in place.logs.items()},
+            "stopped": place.stopped,
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        """Name what must be the same for a training to go on."""
+        plan = self._plan
+        return {
+            "rows": plan.train.rows,
+            "batch_size": plan.train.batch_rows,
+            "random_seed": plan.seed,
+            "shuffle": plan.shuffle,
+        }
+
+    def _check(self, before: Mapping[str, Any]) -> None:
+        for name, value in self._settings().items():
+            if before.get(name) != value:
+                raise ParamError(
+                    f"run_id='{self._plan.run_id}' was begun with {name}={before.get(name)}, and now it is {value};"
+                    " give another run_id, or what the run began with",
+                    param="run_id",
+                )

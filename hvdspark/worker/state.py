@@ -1,0 +1,228 @@
+"""The state of a training that is under way, so that another attempt can go on from there.
+
+A state is a folder ``runs/<run_id>/checkpoints/state-<step>`` with a file of what all ranks have alike, and one of what
+each rank has for itself. Every file ends with its own checksum, and a manifest, which is written last, lists them: a
+state without one, or with a damaged file, counts for nothing, and the one before it is taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import posixpath
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hvdspark.errors import CorruptDatasetError
+from hvdspark.store import Store
+from hvdspark.worker.checkpoint import run_folder
+
+logger = logging.getLogger(__name__)
+
+Arrays = Mapping[str, "np.ndarray[Any, Any]"]
+
+_MANIFEST, _SHARED = "manifest.json", "shared.npz"
+_FOLDER = re.compile(r"state-(\d{12})")
+_DIGEST_BYTES = 32
+_BFLOAT16 = "bfloat16"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class State:
+    """A state, as one rank reads it.
+
+    Parameters
+    ----------
+    step
+        Training steps that were taken.
+    info
+        What else there is to know, as plain values.
+    shared
+        The arrays that all ranks have alike.
+    own
+        Those of this rank alone; ``None`` where there were fewer ranks then.
+    first
+        Those of the first rank.
+    """
+
+    step: int
+    info: Mapping[str, Any]
+    shared: Arrays
+    own: Arrays | None
+    first: Arrays
+
+
+class StateFiles:
+    """The states of a run in its Store.
+
+    Parameters
+    ----------
+    store, run_id
+        Where they are.
+    rank, size
+        This rank and how many they are.
+    keep
+        How many are kept.
+    """
+
+    def __init__(self, store: Store, run_id: str, rank: int, size: int, keep: int = 2) -> None:
+        self._store = store
+        self._folder = posixpath.join(run_folder(run_id), "checkpoints")
+        self._rank = rank
+        self._size = size
+        self._keep = keep
+
+    def write_own(self, step: int, arrays: Arrays) -> None:
+        """Write what this rank has for itself; raises :class:`OSError` or :class:`StoreError` when it cannot."""
+        self._write(self._place(step, _own_name(self._rank)), arrays)
+
+    def publish(self, step: int, arrays: Arrays, info: Mapping[str, Any]) -> None:
+        """Make a state whole, on rank 0 and once all ranks have written their own, and remove those that are too many.
+
+        Parameters
+        ----------
+        step
+            Training steps that were taken.
+        arrays
+            What all ranks have alike.
+        info
+            Plain values.
+
+        Raises
+        ------
+        OSError, StoreError
+            When it cannot be written; earlier states are there still.
+        """
+        self._write(self._place(step, _SHARED), arrays)
+        files = [_SHARED, *(_own_name(rank) for rank in range(self._size))]
+        manifest = {"version": _VERSION, "step": step, "files": files, "info": dict(info)}
+        self._store.publish_bytes(json.dumps(manifest).encode(), self._place(step, _MANIFEST))
+        for old in [found for found in self._steps() if found < step][: -(self._keep - 1) or None]:
+            self._store.delete(self._place(old))
+
+    def latest(self) -> int | None:
+        """Return the step of the last state that is whole."""
+        for step in reversed(self._steps()):
+            try:
+                for name in self._manifest(step)["files"]:
+                    self._read(self._place(step, name))
+            except (CorruptDatasetError, OSError) as exc:
+                logger.warning("the checkpoint of step %d is passed over: %s", step, exc)
+                continue
+            return step
+        return None
+
+    def load(self, step: int) -> State:
+        """Read a state; raises :class:`CorruptDatasetError` when it is not whole."""
+        manifest = self._manifest(step)
+        own = _own_name(self._rank)
+        return State(
+            step,
+            manifest["info"],
+            self._read(self._place(step, _SHARED)),
+            self._read(self._place(step, own)) if own in manifest["files"] else None,
+            self._read(self._place(step, _own_name(0))),
+        )
+
+    def clear(self) -> None:
+        """Remove all states: the run is through."""
+        for step in self._steps():
+            self._store.delete(self._place(step))
+
+    def _steps(self) -> list[int]:
+        """List the steps of all states, whole or not."""
+        found = [_FOLDER.fullmatch(name) for name in self._store.list(self._folder)]
+        return sorted(int(match[1]) for match in found if match)
+
+    def _place(self, step: int, *parts: str) -> str:
+        return posixpath.join(self._folder, f"state-{step:012d}", *parts)
+
+    def _manifest(self, step: int) -> dict[str, Any]:
+        place = self._place(step, _MANIFEST)
+        manifest: dict[str, Any] | None = self._store.read_json(place)
+        if manifest is None or manifest.get("version") != _VERSION:
+            raise CorruptDatasetError(f"{self._store.url_of(place)} is missing, damaged, or of another version")
+        return manifest
+
+    def _write(self, place: str, arrays: Arrays) -> None:
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]
+        data = buffer.getvalue()
+        self._store.publish_bytes(data + _digest(data), place)
+
+    def _read(self, place: str) -> dict[str, np.ndarray[Any, Any]]:
+        if not self._store.exists(place):
+            raise CorruptDatasetError(f"there is no {self._store.url_of(place)}")
+        content = self._store.read_bytes(place)
+        data, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
+        if _digest(data) != digest:
+            raise CorruptDatasetError(f"{self._store.url_of(place)} is damaged: its checksum does not fit")
+        with np.load(io.BytesIO(data), allow_pickle=False) as found:
+            return {name: found[name] for name in found.files}
+
+
+def _own_name(rank: int) -> str:
+    return f"rank-{rank}.npz"
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=_DIGEST_BYTES).digest()
+
+
+def to_bits(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return the array in a type that NumPy's files know: bfloat16 becomes the integers of the same bits."""
+    return array.view(np.uint16) if array.dtype.name == _BFLOAT16 else array
+
+
+def pack(value: Any, arrays: dict[str, np.ndarray[Any, Any]], name: str) -> Any:
+    """Turn a value of plain types and arrays into what JSON holds, with the arrays aside.
+
+    Parameters
+    ----------
+    value
+        Numbers, texts, ``None``, arrays, and lists, tuples and dictionaries of these.
+    arrays
+        Gets the arrays, under names that begin with ``name``.
+    name
+        Where the value belongs.
+
+    Raises
+    ------
+    TypeError
+        When there is anything else in it.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, np.ndarray) and (value.dtype.kind in "biufc" or value.dtype.name == _BFLOAT16):
+        key = f"{name}.{len(arrays)}"
+        arrays[key] = to_bits(value)
+        return {_BFLOAT16 if value.dtype.name == _BFLOAT16 else "array": key}
+    if isinstance(value, list | tuple):
+        return {type(value).__name__: [pack(item, arrays, name) for item in value]}
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {"dict": {key: pack(item, arrays, name) for key, item in value.items()}}
+    raise TypeError(f"{type(value).__name__} cannot be kept in a checkpoint")
+
+
+def unpack(packed: Any, arrays: Arrays) -> Any:
+    """Return the value that :func:`pack` was given."""
+    if not isinstance(packed, dict):
+        return packed
+    ((kind, content),) = packed.items()
+    if kind == "array":
+        return arrays[content]
+    if kind == _BFLOAT16:
+        return arrays[content].view(kind)  # known to NumPy where TensorFlow was imported
+    if kind == "dict":
+        return {key: unpack(item, arrays) for key, item in content.items()}
+    items = [unpack(item, arrays) for item in content]
+    return tuple(items) if kind == "tuple" else items

@@ -1,0 +1,93 @@
+"""Real Spark clusters of this machine: executors in processes of their own, Horovod over Gloo between them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import cloudpickle
+import psutil
+import pytest
+from pyspark.sql import SparkSession
+
+from hvdspark import Store
+
+TWO_EXECUTORS = "local-cluster[2,1,2048]"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _environment() -> None:
+    """Spark's Python workers run on this interpreter, and nothing listens beyond the loopback."""
+    os.environ["PYSPARK_PYTHON"] = sys.executable
+    os.environ["SPARK_LOCAL_IP"] = "127.0.0.1"
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+
+
+@pytest.fixture(scope="module")
+def spark(request: pytest.FixtureRequest, _environment: None) -> Iterator[SparkSession]:
+    """A cluster of two executors with a slot each; a module that wants another says so with ``MASTER``."""
+    session = (
+        SparkSession.builder.master(getattr(request.module, "MASTER", TWO_EXECUTORS))
+        .appName("hvdspark-e2e")
+        .config("spark.ui.enabled", "false")
+        .config("spark.ui.showConsoleProgress", "false")
+        .config("spark.sql.shuffle.partitions", "4")
+        .config("spark.driver.host", "127.0.0.1")
+        .config("spark.driver.bindAddress", "127.0.0.1")
+        .getOrCreate()
+    )
+    session.sparkContext.setLogLevel("OFF")
+    yield session
+    session.stop()
+    # The warm pool lives as long as the executors, and no longer.
+    _, alive = psutil.wait_procs(warm_parents(), timeout=10)
+    assert alive == []
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _travels_by_value(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a test module defines is not importable in the executors, as a notebook's cells are not."""
+    cloudpickle.register_pickle_by_value(request.module)
+    yield
+    cloudpickle.unregister_pickle_by_value(request.module)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store.create(tmp_path / "store")
+
+
+def own_processes() -> Iterator[tuple[psutil.Process, list[str]]]:
+    """Go through the processes of this interpreter with their command lines, those whose parents are gone included."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            command = process.cmdline()
+            if command[:1] == [sys.executable]:
+                yield process, command
+
+
+def training_processes() -> list[psutil.Process]:
+    """List the training processes and guards of this interpreter, cold and warm ones."""
+    return [
+        process
+        for process, command in own_processes()
+        if process.name() in ("hvdspark-rank", "hvdspark-guard")
+        or "hvdspark.worker" in command
+        or any(part.endswith("hvdspark/launch/guard.py") for part in command)
+    ]
+
+
+def warm_parents() -> list[psutil.Process]:
+    """List the warm pool's parents, which stay for the next fit."""
+    return [process for process, command in own_processes() if "hvdspark.worker.warm" in command[:3]]
+
+
+@pytest.fixture(autouse=True)
+def _leaves_no_process() -> Iterator[None]:
+    """No test may leave a training process behind, whatever it did."""
+    yield
+    _, alive = psutil.wait_procs(training_processes(), timeout=10)
+    assert alive == []

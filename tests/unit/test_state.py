@@ -1,0 +1,168 @@
+"""The state of a training: whole or not there, and what comes back is what went in."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from hvdspark.estimators.keras.snapshot import Snapshot
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from hvdspark import Store
+from hvdspark.errors import CorruptDatasetError
+from hvdspark.worker.state import StateFiles, pack, unpack
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store.create(tmp_path / "store")
+
+
+def keep(store: Store, step: int, size: int = 2, number: float = 0.0) -> None:
+    for rank in range(size):
+        StateFiles(store, "run", rank, size).write_own(step, {"own": np.full(2, rank + number)})
+    StateFiles(store, "run", 0, size).publish(step, {"shared": np.full(3, number)}, {"note": number})
+
+
+def place(store: Store, step: int, name: str) -> Path:
+    return Path(store.path("runs/run/checkpoints", f"state-{step:012d}", name))
+
+
+def test_each_rank_gets_what_all_have_and_what_was_its_own(store: Store) -> None:
+    keep(store, 7, number=0.5)
+    for rank in range(2):
+        state = StateFiles(store, "run", rank, 2).load(7)
+        assert state.step == 7
+        assert state.info == {"note": 0.5}
+        assert state.shared["shared"].tolist() == [0.5] * 3
+        assert state.own is not None
+        assert state.own["own"].tolist() == [rank + 0.5] * 2
+        assert state.first["own"].tolist() == [0.5] * 2
+    assert StateFiles(store, "run", 2, 3).load(7).own is None
+
+
+def test_the_last_two_are_kept_and_all_go_in_the_end(store: Store) -> None:
+    for step in (3, 6, 9, 12):
+        keep(store, step)
+    files = StateFiles(store, "run", 0, 2)
+    assert files.latest() == 12
+    assert sorted(path.name[-2:] for path in place(store, 0, "x").parent.parent.iterdir()) == ["09", "12"]
+    files.clear()
+    assert files.latest() is None
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "shared.npz", "rank-0.npz", "rank-1.npz"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped", "empty", "other"])
+def test_a_damaged_state_is_passed_over_for_the_one_before(store: Store, name: str, damage: str) -> None:
+    keep(store, 3)
+    keep(store, 6)
+    path = place(store, 6, name)
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
+        path.write_bytes(
+            {"truncated": content[:-5], "flipped": flipped, "empty": b"", "other": b"cos\nsystem\n"}[damage]
+        )
+    assert StateFiles(store, "run", 0, 2).latest() == 3
+
+
+def test_a_state_that_is_not_whole_counts_for_nothing(store: Store) -> None:
+    StateFiles(store, "run", 0, 2).write_own(5, {"own": np.zeros(1)})
+    assert StateFiles(store, "run", 0, 2).latest() is None
+    with pytest.raises(CorruptDatasetError):
+        StateFiles(store, "run", 0, 2).load(5)
+
+
+numbers = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text())
+arrays = hnp.arrays(st.sampled_from(["f4", "f8", "i8", "u1", "?"]), hnp.array_shapes(min_dims=0, max_side=3))
+values = st.recursive(
+    st.one_of(numbers, arrays),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.lists(inner, max_size=3).map(tuple),
+        st.dictionaries(st.text(), inner, max_size=3),
+    ),
+    max_leaves=8,
+)
+
+
+@given(values)
+def test_plain_values_come_back_as_they_were(value: Any) -> None:
+    aside: dict[str, np.ndarray[Any, Any]] = {}
+    np.testing.assert_equal(unpack(pack(value, aside, "x"), aside), value)
+
+
+@pytest.mark.parametrize("value", [object(), lambda: None, {1: 2}, [set()], np.array(["a"]), np.array([object()])])
+def test_anything_else_is_refused(value: Any) -> None:
+    with pytest.raises(TypeError, match="cannot be kept"):
+        pack(value, {}, "x")
+
+
+def training(units: int = 4, dtype: str = "float32") -> tuple[keras.Model, list[Any]]:
+    keras.utils.set_random_seed(1)
+    layers = [keras.layers.Dense(units, dtype=dtype), keras.layers.BatchNormalization(), keras.layers.Dropout(0.5)]
+    model = keras.Sequential([keras.Input((3,)), *layers, keras.layers.Dense(1)])
+    model.compile(keras.optimizers.Adam(0.01), "mse", metrics=["mae"], jit_compile=False)
+    callbacks: list[Any] = [
+        keras.callbacks.EarlyStopping(patience=3, restore_best_weights=True, monitor="loss"),
+        keras.callbacks.ReduceLROnPlateau(monitor="loss", patience=1),
+        keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: None),
+    ]
+    return model, callbacks
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_training_goes_on_as_if_nothing_had_happened(dtype: str) -> None:
+    random_rows = np.random.default_rng(0)
+    x, y = random_rows.normal(size=(64, 3)).astype("f4"), random_rows.normal(size=(64, 1)).astype("f4")
+
+    def epochs(model: keras.Model, callbacks: list[Any], count: int) -> list[float]:
+        found = [
+            float(model.fit(x, y, batch_size=16, verbose=0, shuffle=False).history["loss"][0]) for _ in range(count)
+        ]
+        for callback in callbacks:
+            callback.set_model(model)
+            callback.on_epoch_end(0, {"loss": found[-1]})
+        return [*found, random.random(), float(np.random.random())]
+
+    model, callbacks = training(dtype=dtype)
+    for callback in callbacks:
+        callback.set_model(model)
+        callback.on_train_begin()
+    epochs(model, callbacks, 2)
+    snapshot = Snapshot(model, callbacks)
+    shared, own = snapshot.shared(), snapshot.own()
+    expected = epochs(model, callbacks, 2)
+
+    other, fresh = training(dtype=dtype)
+    other.fit(x, y, verbose=0)  # builds what is to be given back
+    for callback in fresh:
+        callback.set_model(other)
+        callback.on_train_begin()
+    again = Snapshot(other, fresh)
+    again.restore(shared, own)
+    again.restore_callbacks(own)
+    assert fresh[0].best_weights is not None
+    assert epochs(other, fresh, 2) == expected
+    assert (fresh[0].best, fresh[0].wait, fresh[1].wait) == (callbacks[0].best, callbacks[0].wait, callbacks[1].wait)
+    for mine, theirs in zip(other.weights, model.weights, strict=True):
+        np.testing.assert_array_equal(np.asarray(mine), np.asarray(theirs))
+
+
+def test_the_state_of_another_model_is_refused() -> None:
+    model, callbacks = training(4)
+    model.optimizer.build(model.trainable_variables)
+    other, _ = training(5)
+    other.optimizer.build(other.trainable_variables)
+    kept = Snapshot(model, callbacks)
+    with pytest.raises(CorruptDatasetError, match="another model"):
+        Snapshot(other, callbacks).restore(kept.shared(), kept.own())
