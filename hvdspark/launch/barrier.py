@@ -12,8 +12,10 @@ import contextlib
 import dataclasses
 import json
 import logging
+import re
 import secrets
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -251,6 +253,7 @@ class _Stage:
             environment = {
                 **network,
                 **_settings(context, options),
+                "TMPDIR": stack.enter_context(_scratch(options)),
                 **topology.rank_environment(context),
                 **control.environment_of(agreed.plane, agreed.meeting, self.token, interface),
             }
@@ -268,7 +271,7 @@ class _Stage:
         return {**servers, "alarm": alarm}
 
     def _network(self, agreed: Agreement, interface: str, context: RankContext) -> dict[str, str]:
-        """Return what the rank's libraries are told of the network."""
+        """Return what the rank and its libraries are told of the network."""
         options, on_one_host = self.options, context.local_size == context.size
         settings = fabric.fabric_environment(
             interface,
@@ -278,10 +281,8 @@ class _Stage:
             host=context.host,
             has_peer_memory=fabric.has_peer_memory(),
         )
-        if context.rank == 0:
-            transport = fabric.describe(settings, on_one_host=on_one_host)
-            logger.info("controller %s (%s), %s", agreed.plane, agreed.reason, transport)
-        return settings
+        transport = fabric.describe(settings, on_one_host=on_one_host)
+        return {**settings, fabric.NETWORK: f"controller {agreed.plane} ({agreed.reason}), {transport}"}
 
     def _take(self, batches: Iterable[pa.RecordBatch], stack: contextlib.ExitStack) -> TakenRows | None:
         """Take the rows that came with the task, where it is for them that it runs."""
@@ -342,6 +343,12 @@ def _defaults(context: RankContext) -> dict[str, str]:
     }
 
 
+def _scratch(options: LaunchOptions) -> tempfile.TemporaryDirectory[str]:
+    """Make the rank's folder for temporary files, which one that is killed cannot remove itself."""
+    place = options.env.get("TMPDIR")
+    return tempfile.TemporaryDirectory(prefix="hvdspark-rank-", dir=place, ignore_cleanup_errors=True)
+
+
 @contextlib.contextmanager
 def _log_file(options: LaunchOptions, context: RankContext) -> Iterator[IO[bytes] | None]:
     """Open the rank's log in the Store; a Store that fails here must not stop the training."""
@@ -378,6 +385,10 @@ def _described(spark: SparkSession, text: str) -> Iterator[None]:
         context.setLocalProperty(key, before)  # type: ignore[arg-type]  # None removes it
 
 
+# How Spark says that a process or a host is gone, rather than that something in it raised an error.
+_LOST = re.compile(r"ExecutorLostFailure|Python worker exited unexpectedly|FetchFailed|executor \S+ (?:lost|exited)")
+
+
 def _lost_stage(exc: Exception) -> HvdSparkError:
     """Translate an exception of Spark's own: the stage as a whole was lost, not the work of a rank."""
     text = str(exc).strip()
@@ -385,7 +396,7 @@ def _lost_stage(exc: Exception) -> HvdSparkError:
     return StageLostError(
         f"the barrier stage was lost: {first}. An executor may have died or the job was cancelled; Spark's own log"
         " tells more.",
-        is_passing=not isinstance(exc, KeyboardInterrupt) and "cancel" not in text.lower(),
+        is_passing=_LOST.search(text) is not None and "cancelled" not in text,
     )
 
 

@@ -11,6 +11,9 @@ from hvdspark.errors import RendezvousError
 
 Rdma = Literal["auto"] | bool
 
+# In a few words how a rank meets the others and talks to them; it logs that.
+NETWORK = "HVDSPARK_NETWORK"
+
 _SYS = Path("/sys")
 _UP = "ACTIVE"
 

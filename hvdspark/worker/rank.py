@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,8 +23,11 @@ from typing import Any, BinaryIO, NoReturn
 import cloudpickle
 
 from hvdspark.launch.child import DONE, FAILED, FRAME, READY
+from hvdspark.launch.fabric import NETWORK
 from hvdspark.launch.process import BLOCK
 from hvdspark.worker import pmi
+
+logger = logging.getLogger(__name__)
 
 # What a rank whose peers are gone raises; named, so that horovod need not be imported to know it.
 _PEER_ERRORS = frozenset({"HorovodInternalError", "HostsUpdatedInterrupt", "PeerLostError"})
@@ -63,6 +67,10 @@ def serve(answers: int) -> NoReturn:
     os.environ.update(json.loads(_read_block(sys.stdin.buffer)))
     payload, own = _read_block(sys.stdin.buffer), _read_block(sys.stdin.buffer)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # A warm parent may have looked for the place of temporary files already.
+    tempfile.tempdir = None
+    if NETWORK in os.environ:
+        logger.info(os.environ.pop(NETWORK))
     mpi = pmi.join()
     _finish(_run(payload, own, answers), mpi)
 

@@ -17,7 +17,8 @@ FIELDS = {
     errors.ValueRangeError: {"column": "a", "dtype": "float32"},
     errors.StoreError: {"url": "/x"},
     errors.NotEnoughSlotsError: {"needed": 4, "available": 2},
-    errors.WorkerFailedError: {"failures": {1: "ValueError: x"}, "root_cause": 1, "log_tail": "x"},
+    errors.WorkerFailedError: {"failures": {1: "ValueError: x"}, "root_cause": 1, "log_tail": "x", "is_passing": False},
+    errors.StageLostError: {"is_passing": True},
 }
 
 
