@@ -22,18 +22,15 @@ class _KerasScorer:
 
     def __init__(self, model: keras.Model) -> None:
         self._structure = getattr(model, "input", None)
-        self._flatten = keras.tree.flatten
-        self._pack = keras.tree.pack_sequence_as
         self._call = tf.function(lambda inputs: model(inputs, training=False), reduce_retracing=True)
-        self._tensor = tf.constant
 
     def __call__(self, inputs: Sequence[Block]) -> list[Block]:
-        tensors: Any = [self._tensor(values) for values in inputs]
+        tensors: Any = [tf.constant(values) for values in inputs]
         if self._structure is not None and not hasattr(self._structure, "shape"):
-            tensors = self._pack(self._structure, tensors)
+            tensors = keras.tree.pack_sequence_as(self._structure, tensors)
         elif len(tensors) == 1:
             tensors = tensors[0]
-        return [np.asarray(output) for output in self._flatten(self._call(tensors))]
+        return [np.asarray(output) for output in keras.tree.flatten(self._call(tensors))]
 
 
 def load_scorer(payload: bytes) -> _KerasScorer:

@@ -80,7 +80,7 @@ class _Training:
         self._checkpoints = Checkpoints(self._store, plan.run_id, codec.SUFFIX, spec.best_of)
         self._clock = StepClock()
         room = CacheRoom(session.context.local_size)
-        passes = -(-plan.epochs * self._steps_per_epoch // plan.train.steps)
+        passes = -(-plan.epochs * plan.steps_per_epoch // plan.train.steps)
         self._batches = self._open(plan.train, room, passes, shuffle=plan.shuffle)
         self._val_batches = self._open(plan.val, room, plan.epochs, shuffle=False) if plan.val is not None else None
 
@@ -105,10 +105,6 @@ class _Training:
             inputs=inputs or (),
             outputs=outputs or self._outputs(),
         )
-
-    @property
-    def _steps_per_epoch(self) -> int:
-        return self._plan.steps_per_epoch
 
     def _open(self, shards: ShardPlan, room: CacheRoom, passes: int, *, shuffle: bool) -> Batches:
         plan, rank = self._plan, self._session.context.rank
@@ -189,7 +185,7 @@ class _Training:
         if self._states.exist:
             self._build_metrics()
         place = self._states.resume()
-        steps = self._steps_per_epoch
+        steps = plan.steps_per_epoch
         passes = ENDLESS if plan.train_steps_per_epoch else plan.epochs
         feed = StepFeed(self._batches, passes, fill=True, first=place.step)
         logs = dict(place.logs)
@@ -347,7 +343,7 @@ class _Training:
             add_progbar=False,
             model=self._model,
             epochs=plan.epochs,
-            steps=self._steps_per_epoch,
+            steps=plan.steps_per_epoch,
             verbose=0,
         )
 

@@ -233,8 +233,9 @@ class _Stage:
                 offer = Offer(
                     address=address,
                     servers={name: server.address for name, server in servers.items()},
-                    has_mpi=control.has_mpi(),
-                    has_rdma=fabric.has_rdma(),
+                    # Looked for only where they decide: finding a library can take a process of its own.
+                    has_mpi=options.controller == "auto" and control.has_mpi(),
+                    has_rdma=options.controller == "auto" and fabric.has_rdma(),
                     rows=None if rows is None else rows.report,
                 )
             except (HvdSparkError, OSError) as exc:
@@ -267,8 +268,7 @@ class _Stage:
         """Open what the ranks meet at, and the alarm, by name; they admit nobody yet."""
         servers = control.open_servers(self.options.controller, peers, own, self.token, stack)
         alarm = AlarmServer(topology.meeting_address(peers, own), (), len(peers), self.token)
-        stack.enter_context(alarm)
-        return {**servers, "alarm": alarm}
+        return {**servers, "alarm": stack.enter_context(alarm)}
 
     def _network(self, agreed: Agreement, interface: str, context: RankContext) -> dict[str, str]:
         """Return what the rank and its libraries are told of the network."""

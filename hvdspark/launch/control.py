@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes.util
-import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,8 +11,6 @@ from pathlib import Path
 from hvdspark.launch import topology
 from hvdspark.launch.gloo import RendezvousServer, gloo_environment
 from hvdspark.launch.mpi import ProcessManager, mpi_environment
-
-logger = logging.getLogger(__name__)
 
 PLANES = ("gloo", "mpi")
 CONTROLLERS = (*PLANES, "auto")
@@ -51,9 +48,7 @@ def open_servers(
     if controller in ("gloo", "auto"):
         found["gloo"] = stack.enter_context(RendezvousServer(address, (), len(peers)))
     if controller in ("mpi", "auto"):
-        manager = ProcessManager(address, (), places, token)
-        stack.enter_context(manager)
-        found["mpi"] = manager
+        found["mpi"] = stack.enter_context(ProcessManager(address, (), places, token))
     return found
 
 

@@ -13,6 +13,7 @@ import socket
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Self
 
 _LINE_BYTES = 4096
 _BACKLOG = 512
@@ -88,7 +89,7 @@ class LineServer:
     def lost(self, member: Member) -> None:
         """Note that a member's connection has ended."""
 
-    def __enter__(self) -> LineServer:
+    def __enter__(self) -> Self:
         if self._hosts:
             self._knows_hosts.set()
         self._thread.start()

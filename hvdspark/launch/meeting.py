@@ -38,7 +38,7 @@ class Offer:
     servers
         Where ranks meet, by control plane, and where the alarm is (``"alarm"``): from the first rank's task.
     has_mpi, has_rdma
-        What it found on its host.
+        What it found on its host, where ``controller="auto"`` wants to know.
     rows
         What it found of the rows that came with it, see :class:`~hvdspark.data.feed.TakenRows`.
     error

@@ -117,23 +117,23 @@ def test_no_bytes_disturb_the_others(data: bytes) -> None:
     with ProcessManager("127.0.0.1", ["127.0.0.1"], [0], TOKEN) as manager:
         with socket.create_connection(manager.address, timeout=10) as stranger:
             stranger.sendall(data)
-        rank = Peer(manager, f"{TOKEN} 0")  # type: ignore[arg-type]
+        rank = Peer(manager, f"{TOKEN} 0")
         assert "rc=0" in rank.ask("cmd=get_appnum")
         rank.close()
 
 
 def test_hosts_that_are_not_of_the_job_are_not_answered() -> None:
     with ProcessManager("127.0.0.1", ["127.0.0.9"], [0], TOKEN) as manager:
-        outsider = Peer(manager)  # type: ignore[arg-type]
+        outsider = Peer(manager)
         assert outsider.hear() == ""
         outsider.close()
 
 
 def test_who_comes_before_the_hosts_are_known_waits() -> None:
     with ProcessManager("127.0.0.1", [], [0], TOKEN) as manager:
-        early = Peer(manager, f"{TOKEN} 0")  # type: ignore[arg-type]
+        early = Peer(manager, f"{TOKEN} 0")
         early.say("cmd=get_appnum")
-        manager.admit(["127.0.0.1"])  # type: ignore[attr-defined]
+        manager.admit(["127.0.0.1"])
         assert "rc=0" in early.hear()
         early.close()
     with ProcessManager("127.0.0.1", [], [0], TOKEN):
