@@ -143,6 +143,7 @@ class HorovodEstimator(Estimator, EstimatorParams, abc.ABC):  # type: ignore[typ
             rdma=self._value("rdma"),
             env=env,
             start_timeout_s=self._value("start_timeout"),
+            stall_timeout_s=self._value("stall_timeout_s"),
             store=store.ref(),
             logs=f"{run_folder(run_id)}/logs",
             preload=Job(self._trainer).modules,

@@ -32,6 +32,16 @@ def positive_float(name: str) -> Converter:
     return _checked(name, TypeConverters.toFloat, lambda value: 0 < value < math.inf, "a number above 0")
 
 
+def zero_or_at_least(name: str, least: float) -> Converter:
+    """Return a converter to zero, or a number that is no smaller than another."""
+    return _checked(
+        name,
+        TypeConverters.toFloat,
+        lambda value: value == 0 or least <= value < math.inf,
+        f"0 or a number of at least {least:g}",
+    )
+
+
 def one_of(name: str, choices: Iterable[str]) -> Converter:
     """Return a converter to one of several names."""
     known = tuple(choices)

@@ -32,10 +32,12 @@ from hvdspark.estimators.converters import (
     to_seed,
     to_shapes,
     to_validation,
+    zero_or_at_least,
 )
 from pyspark.ml.param import Param, Params
 
 from hvdspark.data.missing import Missing
+from hvdspark.launch.answers import LEAST_STALL_S
 from hvdspark.launch.control import CONTROLLERS
 from hvdspark.plan import CacheMode
 
@@ -253,6 +255,11 @@ class EstimatorParams(ModelParams):
     controller = param("controller", "control plane of Horovod", one_of("controller", CONTROLLERS))
     start_timeout = param(
         "start_timeout", "seconds within which all ranks must have begun", positive_float("start_timeout")
+    )
+    stall_timeout_s = param(
+        "stall_timeout_s",
+        "seconds after which a rank that was stopped or does not move on is given up; 0 for never",
+        zero_or_at_least("stall_timeout_s", LEAST_STALL_S),
     )
     warm_pool = param(
         "warm_pool",

@@ -24,6 +24,7 @@ def run(
     num_proc: int | None = None,
     *,
     start_timeout: float = 120.0,
+    stall_timeout_s: float = 600.0,
     env: Mapping[str, str] | None = None,
     nics: Sequence[str] = (),
     rdma: Rdma = "auto",
@@ -46,6 +47,9 @@ def run(
         Number of ranks; by default as many tasks as the cluster can run at once.
     start_timeout
         Seconds within which every rank must have begun.
+    stall_timeout_s
+        Seconds after which a rank that gives no sign of life (that was stopped, say) is given up, 5 at least; 0 for
+        never. A function that calls :func:`hvdspark.moved_on` is also given up when it no longer does.
     env
         Environment variables for the ranks.
     nics
@@ -93,6 +97,7 @@ def run(
         rdma=rdma,
         env=dict(env or {}),
         start_timeout_s=start_timeout,
+        stall_timeout_s=stall_timeout_s,
         preload=tuple(preload),
         warm_pool=warm_pool,
     )

@@ -100,6 +100,9 @@ class KerasEstimator(HorovodEstimator, Persistable):
         ``True`` to insist on it, ``False``.
     start_timeout, backend_env, use_gpu
         How the ranks are started.
+    stall_timeout_s
+        Seconds after which a rank that was stopped, or does not move on (a callback that never returns, say), is given
+        up, and the ranks are started again; default 600, at least 5, 0 for never.
     max_restarts
         How often the ranks are started again, from the last checkpoint, when some of them were killed or lost; default
         3. An error that the training itself raises is not tried again.
@@ -191,6 +194,7 @@ class KerasEstimator(HorovodEstimator, Persistable):
         nics: Sequence[str] | None = None,
         rdma: bool | str | None = None,
         start_timeout: float | None = None,
+        stall_timeout_s: float | None = None,
         warm_pool: bool | None = None,
         backend_env: Mapping[str, str] | None = None,
         **others: Any,
@@ -220,6 +224,7 @@ class KerasEstimator(HorovodEstimator, Persistable):
             max_restarts=3,
             keep_checkpoints=2,
             start_timeout=120.0,
+            stall_timeout_s=600.0,
             warm_pool=True,
             transform_batch_size=4096,
         )

@@ -28,6 +28,7 @@ from hvdspark.estimators.keras.states import Place, States
 from hvdspark.data.shardcache import CacheRoom
 from hvdspark.plan import FitPlan, ModelTensor, ShardPlan, TrainResult
 from hvdspark.store import Store
+from hvdspark.worker import pulse
 from hvdspark.worker.checkpoint import Checkpoints
 from hvdspark.worker.session import Session, horovod_session
 
@@ -76,6 +77,7 @@ class _Training:
         self._spec = spec
         self._session = session
         self._phases: dict[str, float] = {}
+        self._epoch = "no epoch yet"
         self._store = Store.from_ref(plan.store)
         self._checkpoints = Checkpoints(self._store, plan.run_id, codec.SUFFIX, spec.best_of)
         self._clock = StepClock()
@@ -85,6 +87,7 @@ class _Training:
         self._val_batches = self._open(plan.val, room, plan.epochs, shuffle=False) if plan.val is not None else None
 
     def run(self) -> TrainResult | None:
+        pulse.moved_on("preparing the model")
         with self._timed("prepare"):
             self._prepare()
         with self._timed("train"):
@@ -92,6 +95,7 @@ class _Training:
             wait_share = self._longest_wait()
         if not self._session.is_first:
             return None
+        pulse.moved_on("publishing the model")
         with self._timed("publish"):
             path = self._checkpoints.publish()
             self._states.clear()
@@ -191,6 +195,8 @@ class _Training:
         logs = dict(place.logs)
         for epoch in range(place.step // steps, plan.epochs if not place.stopped else 0):
             first = epoch * steps
+            self._epoch = f"epoch {epoch + 1}"
+            pulse.moved_on(f"{self._epoch}, beginning")
             self._clock.start()
             if place.step <= first:
                 self._model.reset_metrics()
@@ -198,9 +204,12 @@ class _Training:
             rows = self._run_steps(feed, callbacks, steps, first, max(place.step - first, 0))
             logs = global_metrics(self._model, session, rows, "hvdspark_train_metrics")
             self._clock.stop(int(self._facts.of(max(first, place.step), first + steps)[1].sum(dtype=np.int64)))
+            pulse.moved_on(f"{self._epoch}, after its last step")
             self._average_statistics()
             logs |= {f"val_{name}": value for name, value in self._validate(callbacks).items()}
+            pulse.moved_on(f"{self._epoch}, in callbacks at its end")
             callbacks.on_epoch_end(epoch, logs)
+            pulse.moved_on(f"{self._epoch}, keeping what was trained")
             if session.is_first:
                 logger.info("epoch %d/%d: %s", epoch + 1, plan.epochs, _show(logs))
                 self._checkpoints.save(logs, self._serialize)
@@ -242,10 +251,14 @@ class _Training:
             most = min(per_call, steps - step)
             if interval:
                 most = min(most, interval - (first + step) % interval)
+            here = f"{self._epoch}, step {step + 1}"
+            pulse.moved_on(f"{here}, waiting for rows")
             portion = feed.take(most, self._clock.waiting())
             callbacks.on_train_batch_begin(step)
+            pulse.moved_on(f"{here}, computing")
             self._train_steps(portion.chunk, portion.start, *self._facts.of(first + step, first + step + portion.count))
             step += portion.count
+            pulse.moved_on(f"{here}, after it")
             if self._watches_batches:
                 callbacks.on_train_batch_end(step - 1, current_metrics(self._model))
             if interval and (first + step) % interval == 0 and step < steps:
@@ -265,6 +278,7 @@ class _Training:
         feed = StepFeed(self._val_batches, 1, fill=False)
         left = steps
         while left:
+            pulse.moved_on(f"{self._epoch}, validating, {left} steps left")
             portion = feed.take(left)
             self._val_steps(portion.chunk, portion.count)
             left -= portion.count

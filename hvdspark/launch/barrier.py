@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import re
 import secrets
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
@@ -27,21 +25,20 @@ import pyarrow as pa
 from hvdspark.errors import (
     DataError,
     HvdSparkError,
-    LaunchError,
-    LaunchTimeoutError,
     ParamError,
     RendezvousError,
     SchemaError,
     StageLostError,
-    WorkerFailedError,
     closest,
-    from_plain,
 )
 from hvdspark.launch import control, devices, fabric, pool, topology
 from hvdspark.launch.alarm import Alarm, AlarmServer
-from hvdspark.launch.child import Child, Failure, Outcome
+from hvdspark.launch.answers import LEAST_STALL_S
+from hvdspark.launch.child import Child, Patience
 from hvdspark.launch.control import CONTROLLERS
 from hvdspark.launch.fabric import Rdma
+from hvdspark.launch.failures import Failure, Outcome, error_of
+from hvdspark.launch.guard import STACKS
 from hvdspark.launch.meeting import Agreement, Offer, agree, exchange
 from hvdspark.launch.process import Recipe, recipe_of
 from hvdspark.launch.slots import check_slots
@@ -59,6 +56,8 @@ logger = logging.getLogger(__name__)
 _SCHEMA = "rank long, result binary, failure string"
 _MEET_TIMEOUT_S = 60.0
 _FED_TIMEOUT_S = 7 * 86400.0
+# Horovod's own timeouts come after ours, which know who is to blame.
+_GLOO_TIMEOUT, _AFTER_STALL_S = "HOROVOD_GLOO_TIMEOUT_SECONDS", 30
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,8 @@ class LaunchOptions:
         Environment variables for the training processes.
     start_timeout_s
         Seconds within which all training processes must have begun.
+    stall_timeout_s
+        Seconds after which a rank that gives no sign of life, or does not move on, is given up; 0 for never.
     slots_timeout_s
         Seconds to wait for executors that are still registering.
     logs
@@ -92,6 +93,7 @@ class LaunchOptions:
     rdma: Rdma = "auto"
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
     start_timeout_s: float = 120.0
+    stall_timeout_s: float = 600.0
     slots_timeout_s: float = 30.0
     store: StoreRef | None = None
     logs: str | None = None
@@ -105,6 +107,18 @@ class LaunchOptions:
                 f" has: {', '.join(CONTROLLERS)}",
                 param="controller",
             )
+        if self.stall_timeout_s and not self.stall_timeout_s >= LEAST_STALL_S:
+            raise ParamError(
+                f"stall_timeout_s={self.stall_timeout_s:g}: give at least {LEAST_STALL_S:g}, or 0 to wait for ever",
+                param="stall_timeout_s",
+            )
+
+    @property
+    def logs_url(self) -> str | None:
+        """Where the ranks' logs are, for people."""
+        if self.store is None or self.logs is None:
+            return None
+        return Store.from_ref(self.store).url_of(self.logs)
 
 
 def run_barrier(
@@ -152,9 +166,9 @@ def run_barrier(
         raise _lost_stage(exc) from exc
     finally:
         broadcast.destroy()
-    failures = [Failure(**json.loads(row["failure"])) for row in rows if row["failure"] is not None]
+    failures = [Failure.from_json(row["failure"]) for row in rows if row["failure"] is not None]
     if failures:
-        raise _error_of(failures, options)
+        raise error_of(failures, options.logs_url)
     return [bytes(row["result"]) for row in sorted(rows, key=lambda row: row["rank"])]
 
 
@@ -213,7 +227,7 @@ class _Stage:
         from pyspark import BarrierTaskContext
 
         rank, outcome = self._run(BarrierTaskContext.get(), batches)
-        failure = json.dumps(outcome.failure.to_dict()) if outcome.failure is not None else None
+        failure = None if outcome.failure is None else outcome.failure.to_json()
         columns = {"rank": [rank], "result": [outcome.result], "failure": [failure]}
         schema = pa.schema([("rank", pa.int64()), ("result", pa.binary()), ("failure", pa.string())])
         yield pa.RecordBatch.from_pydict(columns, schema=schema)
@@ -250,17 +264,20 @@ class _Stage:
                 network = self._network(agreed, interface, context)
                 plan = b"" if rows is None else _planned(rows, agreed.peers, offers)
             except (RendezvousError, DataError, SchemaError, OSError) as exc:
-                return context.rank, Outcome(failure=_failure_before(exc, context))
+                return context.rank, Outcome(failure=Failure.before(exc, context))
+            scratch = stack.enter_context(_scratch(options))
             environment = {
                 **network,
                 **_settings(context, options),
-                "TMPDIR": stack.enter_context(_scratch(options)),
+                "TMPDIR": scratch,
+                STACKS: f"{scratch}/stacks",
                 **topology.rank_environment(context),
                 **control.environment_of(agreed.plane, agreed.meeting, self.token, interface),
             }
             with _log_file(options, context) as log:
-                payload, timeout_s = self.broadcast.value, options.start_timeout_s
-                return context.rank, child.run(payload, context, environment, log, timeout_s, plan, alarm)
+                patience = Patience(options.start_timeout_s, options.stall_timeout_s or None)
+                payload = self.broadcast.value
+                return context.rank, child.run(payload, context, environment, log, patience, plan, alarm)
 
     def _open_servers(
         self, peers: list[topology.Peer], own: int, stack: contextlib.ExitStack
@@ -305,13 +322,6 @@ def _planned(rows: TakenRows, peers: Sequence[topology.Peer], offers: Sequence[O
     return bytes(cloudpickle.dumps((rows.plan([offers[partition].rows or "" for partition in order]),)))
 
 
-def _failure_before(exc: HvdSparkError | OSError, context: RankContext) -> Failure:
-    """Describe what was wrong before the rank had its work."""
-    if isinstance(exc, RendezvousError | OSError):
-        return Failure(context.rank, context.host, "meet", str(exc), time=time.time())
-    return Failure(context.rank, context.host, "data", json.dumps(exc.to_plain()), time=time.time())
-
-
 def _peers(barrier: BarrierTaskContext) -> list[topology.Peer]:
     """List the tasks by where Spark put them; at which addresses they can be reached is what they tell each other."""
     hosts = [info.address.rpartition(":")[0] or "localhost" for info in barrier.getTaskInfos()]
@@ -320,7 +330,8 @@ def _peers(barrier: BarrierTaskContext) -> list[topology.Peer]:
 
 def _settings(context: RankContext, options: LaunchOptions) -> dict[str, str]:
     """Return the variables of a rank that are known before the tasks have met."""
-    return {**_defaults(context), **options.env}
+    gloo_timeout_s = int(options.stall_timeout_s or _FED_TIMEOUT_S) + _AFTER_STALL_S
+    return {**_defaults(context), _GLOO_TIMEOUT: str(gloo_timeout_s), **options.env}
 
 
 def _recipe(context: RankContext, options: LaunchOptions) -> Recipe:
@@ -397,33 +408,4 @@ def _lost_stage(exc: Exception) -> HvdSparkError:
         f"the barrier stage was lost: {first}. An executor may have died or the job was cancelled; Spark's own log"
         " tells more.",
         is_passing=_LOST.search(text) is not None and "cancelled" not in text,
-    )
-
-
-# A rank that died is the cause rather than those that raised because it was gone; of several causes the first in time.
-_SEVERITY = {"user": 0, "meet": 0, "data": 0, "start": 0, "late": 1, "died": 1, "peer": 2}
-
-
-def _error_of(failures: Sequence[Failure], options: LaunchOptions) -> HvdSparkError:
-    """Make one error of all failures, which begins with the one that came first on its own account."""
-    first = min(failures, key=lambda failure: (_SEVERITY[failure.kind], failure.time))
-    if first.kind == "data":
-        return from_plain(json.loads(first.error))
-    parts = [f"rank {first.rank} on {first.host}: {first.error}"]
-    if first.details:
-        parts.append(first.details.rstrip())
-    if first.log_tail:
-        parts.append(f"Last lines of rank {first.rank}:\n{first.log_tail}")
-    if options.store is not None and options.logs is not None:
-        parts.append(f"Logs of all ranks: {Store.from_ref(options.store).url_of(options.logs)}")
-    text = "\n\n".join(parts)
-    never_ran = {"meet": RendezvousError, "start": LaunchError, "late": LaunchTimeoutError}
-    if first.kind in never_ran:
-        return never_ran[first.kind](text)
-    return WorkerFailedError(
-        text,
-        failures={failure.rank: failure.error for failure in failures},
-        root_cause=first.rank,
-        log_tail=first.log_tail,
-        is_passing=first.kind in ("died", "peer"),
     )

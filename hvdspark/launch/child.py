@@ -11,81 +11,53 @@ for errors.
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
-import os
 import re
-import select
 import signal
-import struct
 import threading
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from typing import IO, Any, Literal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
 
 from hvdspark.launch import pool
 from hvdspark.launch.alarm import Alarm
+from hvdspark.launch.answers import DONE, Answers
+from hvdspark.launch.failures import Failure, FailureKind, Outcome
+from hvdspark.launch.guard import STACKS
+from hvdspark.launch.memory import kills_for_memory, show_bytes
 from hvdspark.launch.process import ColdProcess, Recipe, TrainingProcess
 from hvdspark.plan import RankContext
 
 logger = logging.getLogger(__name__)
 
-FRAME = struct.Struct(">cQ")
-READY, DONE, FAILED = b"R", b"D", b"F"
-
 TAIL_LINES = 50
 
-# When the alarm rings, a rank has this long to say what it knows of it: it may be the one that failed first.
-ALARM_GRACE_S = 1.0
+_STACKS_TIMEOUT_S, _STACKS_POLL_S = 2.0, 0.05
+
+# Of a rank that is stopped because of another, what it was doing is of use only if it stood still for so long.
+_WORTH_A_LOOK_S = 2.0
 
 # What TensorFlow prints whenever it starts, whatever its log level; the last lines of an error have better to say.
 _NOISE = re.compile(r"absl::InitializeLog|oneDNN custom operations are on")
 
-FailureKind = Literal["user", "peer", "died", "meet", "start", "late", "data"]
-
 
 @dataclass(frozen=True)
-class Failure:
-    """Why a rank did not finish.
+class Patience:
+    """How long a process is waited for.
 
     Parameters
     ----------
-    rank, host
-        Which one, and where.
-    kind
-        ``"user"``: an exception in what the rank ran; ``"peer"``: it noticed that another rank was gone; ``"died"``:
-        the process ended by a signal or exit; ``"meet"``: the tasks did not find each other; ``"start"``: the process
-        ended before it began its work; ``"late"``: it did not begin in time; ``"data"``: the rows that came with the
-        tasks cannot be trained on.
-    error
-        Type and message of the exception, or what happened to the process; for ``"data"`` the exception as JSON.
-    details
-        The traceback, where there is one.
-    log_tail
-        The last lines the rank wrote.
-    time
-        When it happened, in seconds since the epoch by that host's clock.
+    start_s
+        Seconds until it must have begun its work.
+    stall_s
+        Seconds without a sign of life, or without moving on; ``None`` waits for ever.
     """
 
-    rank: int
-    host: str
-    kind: FailureKind
-    error: str
-    details: str = ""
-    log_tail: str = ""
-    time: float = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a dictionary of plain values."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a rank ended: its result's bytes, or its failure."""
-
-    result: bytes | None = None
-    failure: Failure | None = None
+    start_s: float
+    stall_s: float | None = None
 
 
 class Child:
@@ -117,7 +89,7 @@ class Child:
         context: RankContext,
         environment: Mapping[str, str],
         log: IO[bytes] | None,
-        start_timeout_s: float,
+        patience: Patience,
         own: bytes = b"",
         alarm: Alarm | None = None,
     ) -> Outcome:
@@ -133,26 +105,30 @@ class Child:
             Variables to add to the recipe's.
         log
             Where its output goes, besides the tail that is kept.
-        start_timeout_s
-            Seconds until it must have begun its work.
+        patience
+            How long to wait for it.
         own
             Arguments of this rank alone, as a pickled tuple; they come before those of the work.
         alarm
             Rung when the rank fails; when it rings, the rank is ended.
         """
-        deadline = time.monotonic() + start_timeout_s
-        process = self._confirmed(context, start_timeout_s / 2)
+        deadline = time.monotonic() + patience.start_s
+        kills_before = kills_for_memory()
+        process = self._confirmed(context, patience.start_s / 2)
         tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
         pump = threading.Thread(target=_pump, args=(process.output, context, log, tail), daemon=True)
         pump.start()
+        stacks = ""
         try:
             process.hand_over(environment, payload, own)
-            frames = _Frames(process, deadline, alarm)
-            answer = frames.final()
-            ended = time.time()
+            answers = Answers(process, deadline, patience.stall_s, alarm)
+            answer = answers.final()
+            ended, sign = time.time(), answers.sign
             if alarm is not None and (answer is None or answer[0] != DONE):
                 alarm.ring()
-            if not frames.timed_out and not frames.stopped:
+            if answers.stall or (answers.stopped and sign.stall(_WORTH_A_LOOK_S)):
+                stacks = _stacks(process, environment.get(STACKS))
+            elif not answers.timed_out and not answers.stopped:
                 # After its last answer the process has a moment to end on its own.
                 process.wait(10)
         finally:
@@ -162,14 +138,17 @@ class Child:
                 alarm.through()
         if answer is not None and answer[0] == DONE:
             return Outcome(result=answer[1])
-        kind: Any
+        kind: FailureKind
         if answer is not None:
-            kind, error, details = answer[1].decode(errors="replace").split("\0", 2)
+            said, error, details = answer[1].decode(errors="replace").split("\0", 2)
+            kind = "peer" if said == "peer" else "user"
         else:
-            kind, error, details = _describe_end(process.wait(), frames, start_timeout_s)
+            kind, error = _describe_end(process, answers, patience, kills_for_memory() - kills_before)
+            details = stacks
         if log is not None:
             _write_lines(log, context, [error, *details.splitlines()])
-        return Outcome(failure=Failure(context.rank, context.host, kind, error, details, "\n".join(tail), ended))
+        tail_text = "\n".join(tail)
+        return Outcome(failure=Failure(context.rank, context.host, kind, error, details, tail_text, ended, sign))
 
     def _confirmed(self, context: RankContext, timeout_s: float) -> TrainingProcess:
         """Return a process that is certainly there: a pool that fails costs time, never the fit."""
@@ -180,76 +159,43 @@ class Child:
         return self._process
 
 
-class _Frames:
-    """The answers of a process, as they arrive."""
-
-    def __init__(self, process: TrainingProcess, deadline: float, alarm: Alarm | None) -> None:
-        self._descriptor = process.answers
-        self._process = process
-        self._deadline = deadline
-        self._alarm = alarm
-        self._rung_at: float | None = None
-        self._buffer = b""
-        self.ready = False
-        self.timed_out = False
-        self.stopped = False
-
-    def final(self) -> tuple[bytes, bytes] | None:
-        """Wait for the last answer; ``None`` when the process ended, or did not begin in time, without one."""
-        while True:
-            frame = self._frame()
-            if frame is None or frame[0] != READY:
-                return frame
-            self.ready = True
-
-    def _frame(self) -> tuple[bytes, bytes] | None:
-        while True:
-            if len(self._buffer) >= FRAME.size:
-                status, length = FRAME.unpack_from(self._buffer)
-                end = FRAME.size + length
-                if len(self._buffer) >= end:
-                    body, self._buffer = self._buffer[FRAME.size : end], self._buffer[end:]
-                    return status, body
-            left = self._left()
-            if left is not None and left <= 0:
-                self.stopped = self._rung_at is not None
-                self.timed_out = not self.stopped
-                return None
-            waited_for: list[Any] = [self._descriptor]
-            if self._alarm is not None and self._rung_at is None:
-                waited_for.append(self._alarm)
-            # Woken now and then, because a grandchild may hold the pipe open after the process is gone.
-            readable, _, _ = select.select(waited_for, [], [], 1.0 if left is None else min(left, 1.0))
-            if self._alarm in readable:
-                self._rung_at = time.monotonic()
-            if self._descriptor in readable:
-                chunk = os.read(self._descriptor, 1 << 20)
-                if not chunk:
-                    return None
-                self._buffer += chunk
-            elif not readable and self._process.wait(0) is not None:
-                return None
-
-    def _left(self) -> float | None:
-        """Return the seconds after which the process is given up."""
-        if self._rung_at is not None:
-            return self._rung_at + ALARM_GRACE_S - time.monotonic()
-        return None if self.ready else self._deadline - time.monotonic()
+def _describe_end(
+    process: TrainingProcess, answers: Answers, patience: Patience, kills: int
+) -> tuple[FailureKind, str]:
+    """Say what became of a process that gave no answer: kind and error."""
+    if answers.stopped:
+        return "peer", "stopped, because another rank had failed"
+    if answers.stall:
+        return "stalled", answers.stall
+    if answers.timed_out:
+        late = f"the training process did not begin within {patience.start_s:g} s"
+        return "late", f"{late}; a slow disk or a busy host can be the cause: raise start_timeout"
+    kind: FailureKind = "died" if answers.ready else "start"
+    code, peak_bytes = process.wait(), process.peak_bytes
+    held = f"; it held {show_bytes(peak_bytes)} of memory at most" if peak_bytes else ""
+    if code is None or code >= 0:
+        return kind, f"the training process ended with exit code {code} before it gave a result{held}"
+    name = signal.Signals(-code).name
+    if -code == signal.SIGKILL and kills > 0:
+        remedy = "give executors more (spark.executor.memoryOverhead), or ranks less (batch_size, cache='disk')"
+        return kind, f"the training process was killed by {name}, because memory ran out{held}. {remedy}"
+    return kind, f"the training process was killed by {name}{held}"
 
 
-def _describe_end(code: int | None, frames: _Frames, start_timeout_s: float) -> tuple[FailureKind, str, str]:
-    """Say what became of a process that gave no answer: kind, error, details."""
-    if frames.stopped:
-        return "peer", "stopped, because another rank had failed", ""
-    if frames.timed_out:
-        late = f"the training process did not begin within {start_timeout_s:g} s"
-        return "late", f"{late}; a slow disk or a busy host can be the cause: raise start_timeout", ""
-    kind: FailureKind = "died" if frames.ready else "start"
-    if code is not None and code < 0:
-        name = signal.Signals(-code).name
-        hint = " (the system's out-of-memory killer sends this)" if -code == signal.SIGKILL else ""
-        return kind, f"the training process was killed by {name}{hint}", ""
-    return kind, f"the training process ended with exit code {code} before it gave a result", ""
+def _stacks(process: TrainingProcess, place: str | None) -> str:
+    """Have a process that stands still write what its threads are doing, and return that."""
+    if place is None:
+        return ""
+    process.show_stacks()
+    deadline = time.monotonic() + _STACKS_TIMEOUT_S
+    found, before = "", None
+    # It is written in one go; what no longer grows is whole.
+    while time.monotonic() < deadline and (not found or found != before):
+        before = found
+        time.sleep(_STACKS_POLL_S)
+        with contextlib.suppress(OSError):
+            found = Path(place).read_text(errors="replace")
+    return found
 
 
 def _pump(stream: IO[bytes], context: RankContext, log: IO[bytes] | None, tail: collections.deque[str]) -> None:

@@ -5,33 +5,69 @@ group or whose parents are gone (they become this process's children, because it
 its own it is run as a script on a bare interpreter, so that it costs milliseconds, and it runs no native code in which
 it could get stuck; a fork of a warm parent calls :func:`stand_guard`.
 
-Usage: ``python -I -S guard.py LIFELINE COMMAND …``, where ``LIFELINE`` is a descriptor that the task holds open at its
-other end. It ends as the process ended: with its exit code, or by the same signal.
+Usage: ``python -I -S guard.py LIFELINE COMMAND …``, where ``LIFELINE`` is a socket whose other end the task has. By it
+the guard tells how the process ended, and is asked to have the process show what it is doing.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import resource
 import select
 import signal
+import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
+# What the task says through the lifeline to see the process's stacks; the signal at which the process writes them, and
+# the variable that names the file.
+SHOW_STACKS = b"S"
+STACKS_SIGNAL = signal.SIGQUIT
+STACKS = "HVDSPARK_STACKS"
+
+_REPORT = struct.Struct("=iQ")
+REPORT_BYTES = _REPORT.size
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+
+
+# No dataclass: on a bare interpreter their import takes longer than all else here.
+class Ending(NamedTuple):
+    """How a process ended.
+
+    Parameters
+    ----------
+    status
+        Its wait status.
+    peak_bytes
+        The most memory that it had resident, or one of its own children had.
+    """
+
+    status: int
+    peak_bytes: int = 0
+
+    def to_bytes(self) -> bytes:
+        """Return what goes through the lifeline."""
+        return _REPORT.pack(self.status, self.peak_bytes)
+
+    @classmethod
+    def from_bytes(cls, said: bytes) -> Ending:
+        """Read what a guard said; one that is gone without a word was killed, and the process with it."""
+        return cls(*_REPORT.unpack(said)) if len(said) == REPORT_BYTES else cls(signal.SIGKILL)
 
 
 def main() -> NoReturn:
     """Run the command until it ends or the lifeline does."""
     lifeline, command = int(sys.argv[1]), sys.argv[2:]
-    _end_like(stand_guard(lambda: os.execv(command[0], command), lifeline))
+    try:
+        os.write(lifeline, stand_guard(lambda: os.execv(command[0], command), lifeline).to_bytes())
+    finally:
+        os._exit(0)
 
 
-def stand_guard(work: Callable[[], object], lifeline: int, handed_over: tuple[int, ...] = ()) -> int:
+def stand_guard(work: Callable[[], object], lifeline: int, handed_over: tuple[int, ...] = ()) -> Ending:
     """Do the work in a child until it ends or the lifeline does; nothing that it started is left then.
 
     Parameters
@@ -45,8 +81,8 @@ def stand_guard(work: Callable[[], object], lifeline: int, handed_over: tuple[in
 
     Returns
     -------
-    int
-        The child's wait status.
+    Ending
+        The child's.
     """
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     # A child's end writes to this pipe, so that one poll() waits for both.
@@ -63,15 +99,21 @@ def stand_guard(work: Callable[[], object], lifeline: int, handed_over: tuple[in
     poll = select.poll()
     poll.register(lifeline, select.POLLIN | select.POLLHUP)
     poll.register(woken, select.POLLIN)
-    status = None
-    while status is None:
+    ending = None
+    while ending is None:
         ready = [descriptor for descriptor, _ in poll.poll()]
         if woken in ready:
             os.read(woken, 4096)
-            status = _reap(child)
-        if lifeline in ready and not _is_held(lifeline):
-            break
-    return _kill_all(child, status)
+            ending = _reap(child)
+        if lifeline in ready:
+            said = _heard(lifeline)
+            if not said:
+                break
+            if ending is None and SHOW_STACKS in said:
+                os.kill(child, STACKS_SIGNAL)
+                # One that was stopped heeds no signal before it goes on.
+                os.kill(child, signal.SIGCONT)
+    return _kill_all(child, ending)
 
 
 def _work(work: Callable[[], object], guard: int, not_its_own: tuple[int, ...]) -> NoReturn:
@@ -89,12 +131,12 @@ def _work(work: Callable[[], object], guard: int, not_its_own: tuple[int, ...]) 
         os._exit(127)
 
 
-def _is_held(lifeline: int) -> bool:
-    """Whether the task still holds its end."""
+def _heard(lifeline: int) -> bytes:
+    """Return what the task says; nothing when it no longer holds its end."""
     try:
-        return bool(os.read(lifeline, 4096))
+        return os.read(lifeline, 4096)
     except OSError:
-        return False
+        return b""
 
 
 def _prctl(option: int, value: int) -> None:
@@ -102,22 +144,22 @@ def _prctl(option: int, value: int) -> None:
         ctypes.CDLL(None).prctl(option, value)
 
 
-def _reap(child: int) -> int | None:
-    """Collect all that ended; returns the child's wait status when it is among them."""
+def _reap(child: int) -> Ending | None:
+    """Collect all that ended; returns the child's ending when it is among them."""
     found = None
     while True:
         try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
+            pid, status, usage = os.wait4(-1, os.WNOHANG)
         except ChildProcessError:
             return found
         if pid == 0:
             return found
         if pid == child:
-            found = status
+            found = Ending(status, usage.ru_maxrss * 1024)
 
 
-def _kill_all(child: int, status: int | None) -> int:
-    """Kill every descendant until there is none; returns the child's wait status."""
+def _kill_all(child: int, ending: Ending | None) -> Ending:
+    """Kill every descendant until there is none; returns the child's ending."""
     while True:
         for pid in _descendants():
             try:
@@ -125,11 +167,11 @@ def _kill_all(child: int, status: int | None) -> int:
             except ProcessLookupError:
                 continue
         try:
-            pid, ended = os.waitpid(-1, 0)
+            pid, status, usage = os.wait4(-1, 0)
         except ChildProcessError:
-            return signal.SIGKILL if status is None else status
+            return Ending(signal.SIGKILL) if ending is None else ending
         if pid == child:
-            status = ended
+            ending = Ending(status, usage.ru_maxrss * 1024)
 
 
 def _descendants() -> list[int]:
@@ -147,16 +189,6 @@ def _descendants() -> list[int]:
         front = [pid for parent in front for pid in children.get(parent, [])]
         found += front
     return found
-
-
-def _end_like(status: int) -> NoReturn:
-    if os.WIFSIGNALED(status):
-        number = os.WTERMSIG(status)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        if number != signal.SIGKILL:
-            signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
-    os._exit(os.waitstatus_to_exitcode(status) if not os.WIFSIGNALED(status) else 1)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import hashlib
 import json
 import logging
 import os
-import select
 import socket
 import stat
 import struct
@@ -35,7 +34,6 @@ from hvdspark.launch.process import Recipe, TrainingProcess
 logger = logging.getLogger(__name__)
 
 BEGUN = b"B"
-STATUS = struct.Struct("i")
 IDLE_TIMEOUT = "HVDSPARK_POOL_IDLE_TIMEOUT_S"
 
 # A fit that differs in its environment from the last one needs another parent; two fits may well take turns.
@@ -58,15 +56,13 @@ class WarmProcess(TrainingProcess):
     """
 
     def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
         self._is_there = False
-        self._code: int | None = None
-        super().__init__()
+        super().__init__(connection)
 
     def _start(self, stdin: int, output: int, answers: int) -> None:
         # A parent that is gone shows by its missing answer.
         with contextlib.suppress(OSError):
-            socket.send_fds(self._connection, [BEGUN], [stdin, output, answers])
+            socket.send_fds(self._lifeline, [BEGUN], [stdin, output, answers])
 
     def is_there(self, timeout_s: float) -> bool:
         """Wait until the guard has been forked; ``False`` when there is no parent, or none that answers in time."""
@@ -74,32 +70,9 @@ class WarmProcess(TrainingProcess):
             self._is_there = self._receive(len(BEGUN), timeout_s) == BEGUN
         return self._is_there
 
-    def wait(self, timeout_s: float | None = None) -> int | None:
-        """Wait until the guard tells the end of the rank."""
-        if self._code is None:
-            status = self._receive(STATUS.size, timeout_s)
-            if status is not None:
-                # A guard that is gone without a word was killed, and the rank with it.
-                wait_status = STATUS.unpack(status)[0] if len(status) == STATUS.size else 9
-                self._code = os.waitstatus_to_exitcode(wait_status)
-        return self._code
-
-    def _receive(self, count: int, timeout_s: float | None) -> bytes | None:
-        """Receive what the guard says; nothing when it is gone, ``None`` when it says nothing in time."""
-        readable, _, _ = select.select([self._connection], [], [], timeout_s)
-        if not readable:
-            return None
-        try:
-            return self._connection.recv(count, socket.MSG_WAITALL)
-        except OSError:
-            return b""
-
     def _let_go(self) -> None:
         if self._is_there:
-            with contextlib.suppress(OSError):
-                self._connection.shutdown(socket.SHUT_WR)
-            self.wait()
-        self._connection.close()
+            super()._let_go()
 
 
 def take(recipe: Recipe) -> WarmProcess | None:

@@ -10,6 +10,8 @@ import abc
 import contextlib
 import json
 import os
+import select
+import socket
 import struct
 import subprocess
 import sys
@@ -54,6 +56,11 @@ def recipe_of(additions: Mapping[str, str], modules: tuple[str, ...] = ()) -> Re
 class TrainingProcess(abc.ABC):
     """A training process under its guard, seen from the task.
 
+    Parameters
+    ----------
+    lifeline
+        A socket whose other end the guard has, or will have.
+
     Attributes
     ----------
     output
@@ -65,7 +72,9 @@ class TrainingProcess(abc.ABC):
     output: IO[bytes]
     answers: int
 
-    def __init__(self) -> None:
+    def __init__(self, lifeline: socket.socket) -> None:
+        self._lifeline = lifeline
+        self._ending: guard.Ending | None = None
         their_input, our_input = os.pipe()
         our_output, their_output = os.pipe()
         self.answers, their_answers = os.pipe()
@@ -86,13 +95,39 @@ class TrainingProcess(abc.ABC):
     def is_there(self, timeout_s: float) -> bool:
         """Wait until it certainly runs; ``False`` when it does not."""
 
-    @abc.abstractmethod
     def wait(self, timeout_s: float | None = None) -> int | None:
         """Wait for its end; returns its exit code, or minus the signal that ended it, or ``None`` in the meantime."""
+        if self._ending is None:
+            said = self._receive(guard.REPORT_BYTES, timeout_s)
+            if said is not None:
+                self._ending = guard.Ending.from_bytes(said)
+        return None if self._ending is None else os.waitstatus_to_exitcode(self._ending.status)
 
-    @abc.abstractmethod
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that it had resident, once it has ended; 0 where nobody knows."""
+        return 0 if self._ending is None else self._ending.peak_bytes
+
+    def show_stacks(self) -> None:
+        """Have it write the stacks of its threads, see :func:`hvdspark.worker.rank.serve`; also one that is stopped."""
+        with contextlib.suppress(OSError):
+            self._lifeline.sendall(guard.SHOW_STACKS)
+
+    def _receive(self, count: int, timeout_s: float | None) -> bytes | None:
+        """Receive what the guard says; nothing when it is gone, ``None`` when it says nothing in time."""
+        readable, _, _ = select.select([self._lifeline], [], [], timeout_s)
+        if not readable:
+            return None
+        try:
+            return self._lifeline.recv(count, socket.MSG_WAITALL)
+        except OSError:
+            return b""
+
     def _let_go(self) -> None:
         """Have the guard end it with all that it started, and wait until all of it is gone."""
+        with contextlib.suppress(OSError):
+            self._lifeline.shutdown(socket.SHUT_WR)
+        self.wait()
 
     def hand_over(self, environment: Mapping[str, str], payload: bytes, own: bytes = b"") -> None:
         """Send the variables of its rank, the work, and what of it is the rank's own; does not wait for any of it."""
@@ -116,7 +151,7 @@ class TrainingProcess(abc.ABC):
         self._let_go()
         if self._feeder is not None:
             self._feeder.join()
-        for stream in (self._input, self.output):
+        for stream in (self._input, self.output, self._lifeline):
             with contextlib.suppress(OSError):
                 stream.close()
         os.close(self.answers)
@@ -127,35 +162,26 @@ class ColdProcess(TrainingProcess):
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
-        super().__init__()
+        lifeline, self._guards_end = socket.socketpair()
+        super().__init__(lifeline)
 
     def _start(self, stdin: int, output: int, answers: int) -> None:
-        lifeline_end, self._lifeline = os.pipe()
         worker = [sys.executable, "-m", "hvdspark.worker", str(answers), *self._recipe.modules]
-        try:
+        with self._guards_end as guards_end:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", guard.__file__, str(lifeline_end), *worker],
+                [sys.executable, "-I", "-S", guard.__file__, str(guards_end.fileno()), *worker],
                 stdin=stdin,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=self._recipe.environment,
-                pass_fds=[lifeline_end, answers],
+                pass_fds=[guards_end.fileno(), answers],
                 start_new_session=True,
             )
-        finally:
-            os.close(lifeline_end)
 
     def is_there(self, timeout_s: float) -> bool:  # noqa: ARG002
         """Say yes: it was started by this process."""
         return True
 
-    def wait(self, timeout_s: float | None = None) -> int | None:
-        """Wait for the guard, which ends as the process ended."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return self._process.wait(timeout_s)
-        return None
-
     def _let_go(self) -> None:
-        # Closing the lifeline makes the guard kill what is left; it returns when all of it is gone.
-        os.close(self._lifeline)
+        super()._let_go()
         self._process.wait()

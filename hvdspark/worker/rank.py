@@ -8,11 +8,13 @@ by frames through a pipe of its own.
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import gc
 import importlib
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -22,10 +24,12 @@ from typing import Any, BinaryIO, NoReturn
 
 import cloudpickle
 
-from hvdspark.launch.child import DONE, FAILED, FRAME, READY
+from hvdspark.launch.answers import DONE, FAILED, READY
 from hvdspark.launch.fabric import NETWORK
+from hvdspark.launch.guard import STACKS, STACKS_SIGNAL
 from hvdspark.launch.process import BLOCK
 from hvdspark.worker import pmi
+from hvdspark.worker.pulse import Pulse
 
 logger = logging.getLogger(__name__)
 
@@ -71,29 +75,29 @@ def serve(answers: int) -> NoReturn:
     tempfile.tempdir = None
     if NETWORK in os.environ:
         logger.info(os.environ.pop(NETWORK))
+    if STACKS in os.environ:
+        # By a signal, because a process that stands still may not run any Python. Java blocks this one in all that it
+        # starts.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [STACKS_SIGNAL])
+        faulthandler.register(STACKS_SIGNAL, open(os.environ.pop(STACKS), "w"))  # noqa: PTH123, SIM115
     mpi = pmi.join()
-    _finish(_run(payload, own, answers), mpi)
+    _finish(_run(payload, own, Pulse(answers)), mpi)
 
 
-def _run(payload: bytes, own: bytes, answers: int) -> bool:
+def _run(payload: bytes, own: bytes, pulse: Pulse) -> bool:
     try:
         job = cloudpickle.loads(payload)
         if own:
             job = job.after(*cloudpickle.loads(own))
-        _answer(answers, READY)
+        pulse.send(READY)
+        pulse.start()
         result = cloudpickle.dumps(job.call())
     except BaseException as exc:  # noqa: BLE001 - whatever it is, the driver must hear of it
         kind = "peer" if _is_peer_error(exc) else "user"
-        _answer(answers, FAILED, "\0".join((kind, _one_line(exc), _users_traceback(exc))).encode())
+        pulse.send(FAILED, "\0".join((kind, _one_line(exc), _users_traceback(exc))).encode())
         return False
-    _answer(answers, DONE, result)
+    pulse.send(DONE, result)
     return True
-
-
-def _answer(descriptor: int, status: bytes, body: bytes = b"") -> None:
-    view = memoryview(FRAME.pack(status, len(body)) + body)
-    while view:
-        view = view[os.write(descriptor, view) :]
 
 
 def _is_peer_error(exc: BaseException) -> bool:

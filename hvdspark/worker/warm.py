@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from hvdspark.launch import guard
-from hvdspark.launch.pool import BEGUN, IDLE_TIMEOUT, STATUS, Place, is_own
+from hvdspark.launch.pool import BEGUN, IDLE_TIMEOUT, Place, is_own
 from hvdspark.worker.rank import preload, serve
 
 IDLE_TIMEOUT_S = 60.0
@@ -149,8 +149,8 @@ class _Parent:
             for descriptor in (self._listener.detach(), self._executor, self._place.folder, *self._guards):
                 os.close(descriptor)
             connection.sendall(BEGUN)
-            status = guard.stand_guard(lambda: _become_rank(*handed_over), connection.fileno(), handed_over)
-            connection.sendall(STATUS.pack(status))
+            ending = guard.stand_guard(lambda: _become_rank(*handed_over), connection.fileno(), handed_over)
+            connection.sendall(ending.to_bytes())
         finally:
             os._exit(0)
 

@@ -9,3 +9,4 @@ from clusters import (  # noqa: F401 - pytest finds fixtures in a conftest
     spark,
     store,
 )
+from faulty_fits import df, undisturbed  # noqa: F401

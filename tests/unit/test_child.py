@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,8 +18,11 @@ import cloudpickle
 import psutil
 import pytest
 
+import hvdspark
 from hvdspark.launch import pool
-from hvdspark.launch.child import Child, Outcome
+from hvdspark.launch.child import Child, Patience
+from hvdspark.launch.failures import Outcome
+from hvdspark.launch.guard import STACKS
 from hvdspark.launch.process import recipe_of
 from hvdspark.plan import RankContext
 from hvdspark.worker.job import Job
@@ -41,11 +45,18 @@ def start(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def run(start: str) -> Callable[..., Outcome]:
-    def call(function: Any, *args: Any, log: io.BytesIO | None = None, start_timeout_s: float = 60) -> Outcome:
+def run(start: str, tmp_path: Path) -> Callable[..., Outcome]:
+    def call(
+        function: Any,
+        *args: Any,
+        log: io.BytesIO | None = None,
+        start_timeout_s: float = 60,
+        stall_timeout_s: float | None = None,
+    ) -> Outcome:
         payload = cloudpickle.dumps(Job(function, args))
+        environment = {"PLACE": "told", STACKS: str(tmp_path / "stacks")}
         with Child(recipe_of({"MARK": "set"}, ("json",)), warm=start == "warm") as child:
-            return child.run(payload, CONTEXT, {"PLACE": "told"}, log, start_timeout_s)
+            return child.run(payload, CONTEXT, environment, log, Patience(start_timeout_s, stall_timeout_s))
 
     return call
 
@@ -94,6 +105,107 @@ def test_a_killed_process_is_named_by_its_signal(run: Callable[..., Outcome]) ->
     assert failure is not None
     assert failure.kind == "died"
     assert "SIGKILL" in failure.error
+
+
+def test_the_memory_that_a_killed_process_held_is_told(run: Callable[..., Outcome]) -> None:
+    def fill() -> None:
+        held = bytearray(300 << 20)
+        held[::4096] = b"x" * len(held[::4096])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    failure = run(fill).failure
+    assert failure is not None
+    found = re.search(r"was killed by SIGKILL; it held (\d+) MiB of memory at most$", failure.error)
+    assert found is not None, failure.error
+    assert 300 <= int(found[1]) < 450
+
+
+def test_a_process_that_the_system_killed_because_memory_ran_out_is_told_from_others(
+    run: Callable[..., Outcome], memory_limit: Path
+) -> None:
+    def fill() -> None:
+        Path(memory_limit, "cgroup.procs").write_text(str(os.getpid()))
+        held = []
+        while True:
+            held.append(b"x" * (10 << 20))
+
+    failure = run(fill).failure
+    assert failure is not None
+    assert failure.kind == "died"
+    found = re.search(r"killed by SIGKILL, because memory ran out; it held (\d+) MiB of memory at most", failure.error)
+    assert found is not None, failure.error
+    # Pages of libraries that others have mapped as well are charged to them.
+    assert 190 <= int(found[1]) <= 320
+    assert "spark.executor.memoryOverhead" in failure.error
+
+
+@pytest.fixture
+def memory_limit() -> Iterator[Path]:
+    """A control group of 200 MB."""
+    roots = {
+        Path("/sys/fs/cgroup/memory"): "memory.limit_in_bytes",  # the first version
+        Path("/sys/fs/cgroup"): "memory.max",
+    }
+    for root, name in roots.items():
+        group = root / f"hvdspark-test-{os.getpid()}"
+        try:
+            group.mkdir()
+        except OSError:
+            continue
+        try:
+            (group / name).write_text(str(200_000_000))
+            yield group
+            return
+        except OSError:
+            continue
+        finally:
+            group.rmdir()
+    pytest.skip("control groups for memory cannot be made here; that takes root")
+
+
+def test_a_process_that_was_stopped_is_given_up_with_what_it_was_doing(run: Callable[..., Outcome]) -> None:
+    def stop_myself() -> None:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(600)
+
+    started = time.monotonic()
+    failure = run(stop_myself, stall_timeout_s=5).failure
+    assert 4 < time.monotonic() - started < 25
+    assert failure is not None
+    assert failure.kind == "stalled"
+    assert failure.error.startswith("the training process gave no sign of life for 5 s")
+    assert "in stop_myself" in failure.details
+    assert failure.sign is not None
+    assert failure.sign.is_silent
+
+
+def test_work_that_no_longer_moves_on_is_given_up_with_the_stacks_of_its_threads(run: Callable[..., Outcome]) -> None:
+    def hang() -> None:
+        hvdspark.moved_on("batch 17")
+        endless_work()
+
+    def endless_work() -> None:
+        while True:
+            time.sleep(1)
+
+    failure = run(hang, stall_timeout_s=5).failure
+    assert failure is not None
+    assert failure.kind == "stalled"
+    assert failure.error == "the training did not move on for 5 s (batch 17)"
+    assert "in endless_work" in failure.details
+    assert failure.sign is not None
+    assert not failure.sign.is_silent
+
+
+def test_work_that_moves_on_may_take_longer_than_a_stall(run: Callable[..., Outcome]) -> None:
+    def work() -> str:
+        for batch in range(8):
+            hvdspark.moved_on(f"batch {batch}")
+            time.sleep(0.8)
+        return "done"
+
+    outcome = run(work, stall_timeout_s=5)
+    assert outcome.result is not None, outcome.failure
 
 
 def test_an_exit_without_an_answer_is_named_by_its_code(run: Callable[..., Outcome]) -> None:
@@ -145,7 +257,7 @@ def test_the_process_dies_when_its_task_is_killed(tmp_path: Path, start: str) ->
     script.write_text(
         textwrap.dedent(f"""
         import cloudpickle
-        from hvdspark.launch.child import Child
+        from hvdspark.launch.child import Child, Patience
         from hvdspark.launch.process import recipe_of
         from hvdspark.plan import RankContext
         from hvdspark.worker.job import Job
@@ -160,7 +272,7 @@ def test_the_process_dies_when_its_task_is_killed(tmp_path: Path, start: str) ->
 
         context = RankContext(0, 1, 0, 1, 0, 1, "here")
         with Child(recipe_of({{}}, ("json",)), warm={start == "warm"}) as child:
-            child.run(cloudpickle.dumps(Job(work)), context, {{}}, None, 60)
+            child.run(cloudpickle.dumps(Job(work)), context, {{}}, None, Patience(60))
         """)
     )
     task = subprocess.Popen([sys.executable, str(script)])

@@ -61,6 +61,7 @@ GOOD: dict[str, tuple[Any, Any]] = {
     "checkpoint_steps": (100, 100),
     "keep_checkpoints": (3, 3),
     "start_timeout": (30, 30.0),
+    "stall_timeout_s": (60, 60.0),
     "nics": (("lo",), ["lo"]),
     "backend_env": ({"OMP_NUM_THREADS": 2}, {"OMP_NUM_THREADS": "2"}),
 }

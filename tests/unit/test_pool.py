@@ -19,7 +19,8 @@ import psutil
 import pytest
 
 from hvdspark.launch import pool
-from hvdspark.launch.child import Child, Outcome
+from hvdspark.launch.child import Child, Patience
+from hvdspark.launch.failures import Outcome
 from hvdspark.launch.process import Recipe, recipe_of
 from hvdspark.plan import RankContext
 from hvdspark.worker.job import Job
@@ -64,7 +65,7 @@ def recipe_with(imports: Path, **environment: str) -> Recipe:
 
 def run(recipe: Recipe, function: Callable[..., Any], *args: Any, start_timeout_s: float = 60) -> Any:
     with Child(recipe, warm=True) as child:
-        outcome = child.run(cloudpickle.dumps(Job(function, args)), CONTEXT, {}, None, start_timeout_s)
+        outcome = child.run(cloudpickle.dumps(Job(function, args)), CONTEXT, {}, None, Patience(start_timeout_s))
     return result_of(outcome)
 
 

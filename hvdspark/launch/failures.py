@@ -1,0 +1,146 @@
+"""How ranks end without a result, and the one error that the driver makes of all that failed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from hvdspark.errors import (
+    HvdSparkError,
+    LaunchError,
+    LaunchTimeoutError,
+    RendezvousError,
+    WorkerFailedError,
+    from_plain,
+)
+from hvdspark.launch.answers import SILENCE_S, LifeSign
+from hvdspark.plan import RankContext
+
+FailureKind = Literal["user", "peer", "died", "stalled", "meet", "start", "late", "data"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a rank did not finish.
+
+    Parameters
+    ----------
+    rank, host
+        Which one, and where.
+    kind
+        ``"user"``: an exception in what the rank ran; ``"peer"``: it noticed that another rank was gone; ``"died"``:
+        the process ended by a signal or exit; ``"stalled"``: it was stopped, or did not move on; ``"meet"``: the tasks
+        did not find each other; ``"start"``: the process ended before it began its work; ``"late"``: it did not begin
+        in time; ``"data"``: the rows that came with the tasks cannot be trained on.
+    error
+        Type and message of the exception, or what happened to the process; for ``"data"`` the exception as JSON.
+    details
+        The traceback, or what the threads were doing, where that is known.
+    log_tail
+        The last lines the rank wrote.
+    time
+        When it happened, in seconds since the epoch by that host's clock.
+    sign
+        The last sign of life of a rank that was ended because another failed, or because it stalled.
+    """
+
+    rank: int
+    host: str
+    kind: FailureKind
+    error: str
+    details: str = ""
+    log_tail: str = ""
+    time: float = 0.0
+    sign: LifeSign | None = None
+
+    def to_json(self) -> str:
+        """Write the failure as JSON text."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Failure:
+        """Read what :meth:`to_json` wrote."""
+        values: dict[str, Any] = json.loads(text)
+        sign = values.pop("sign")
+        return cls(**values, sign=None if sign is None else LifeSign(**sign))
+
+    @classmethod
+    def before(cls, exc: HvdSparkError | OSError, context: RankContext) -> Failure:
+        """Describe what was wrong before the rank had its work."""
+        if isinstance(exc, RendezvousError | OSError):
+            return cls(context.rank, context.host, "meet", str(exc), time=time.time())
+        return cls(context.rank, context.host, "data", json.dumps(exc.to_plain()), time=time.time())
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a rank ended: its result's bytes, or its failure."""
+
+    result: bytes | None = None
+    failure: Failure | None = None
+
+
+# A rank that died is the cause rather than those that raised because it was gone; of several causes the first in time.
+_SEVERITY = {"user": 0, "meet": 0, "data": 0, "start": 0, "late": 1, "died": 1, "stalled": 2, "peer": 2}
+
+# Another attempt may go well.
+_PASSING = ("died", "stalled", "peer")
+
+
+def first_cause(failures: Sequence[Failure]) -> Failure:
+    """Return the failure that the others followed from.
+
+    Where ranks only waited for each other, that is the one which stood still itself, else the one that was furthest
+    behind: those that wait in a collective have moved on from where it is.
+    """
+
+    def order(failure: Failure) -> tuple[float, ...]:
+        severity, sign = _SEVERITY[failure.kind], failure.sign
+        if sign is None or severity < _SEVERITY["stalled"]:
+            return severity, 0, 0, failure.time
+        # How long ranks have waited is told by clocks of their own; when each said so is not.
+        return severity, not sign.is_silent, sign.moves, -max(sign.idle_s, sign.silent_s)
+
+    return min(failures, key=order)
+
+
+def error_of(failures: Sequence[Failure], logs: str | None = None) -> HvdSparkError:
+    """Make one error of all failures, which begins with the one that came first on its own account.
+
+    Parameters
+    ----------
+    failures
+        Those of all ranks that failed.
+    logs
+        Where the ranks' logs are.
+    """
+    first = first_cause(failures)
+    if first.kind == "data":
+        return from_plain(json.loads(first.error))
+    parts = [f"rank {first.rank} on {first.host}: {_described(first)}"]
+    if first.details:
+        parts.append(first.details.rstrip())
+    if first.log_tail:
+        parts.append(f"Last lines of rank {first.rank}:\n{first.log_tail}")
+    if logs is not None:
+        parts.append(f"Logs of all ranks: {logs}")
+    text = "\n\n".join(parts)
+    never_ran = {"meet": RendezvousError, "start": LaunchError, "late": LaunchTimeoutError}
+    if first.kind in never_ran:
+        return never_ran[first.kind](text)
+    return WorkerFailedError(
+        text,
+        failures={failure.rank: failure.error for failure in failures},
+        root_cause=first.rank,
+        log_tail=first.log_tail,
+        is_passing=first.kind in _PASSING,
+    )
+
+
+def _described(failure: Failure) -> str:
+    """Return what happened; of a rank that was given up together with all others, that it stood still."""
+    stood_still = "" if failure.kind != "peer" or failure.sign is None else failure.sign.stall(SILENCE_S)
+    return stood_still or failure.error

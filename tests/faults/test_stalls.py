@@ -1,0 +1,84 @@
+"""Ranks that neither end nor go on: they are found, named with what they were doing, ended, and started again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from faulty_fits import Fault, Trained, assert_same, estimator, outcome
+from pyspark.sql import DataFrame, SparkSession
+
+import hvdspark
+from hvdspark import Store
+from hvdspark.errors import WorkerFailedError
+
+STALL_S = 5.0
+
+
+def stop_myself() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def never_return() -> None:
+    while True:
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("rank", "act", "controller", "allreduce"),
+    [
+        (1, stop_myself, "gloo", "shared_memory"),
+        (0, stop_myself, "mpi", "horovod"),
+        (0, never_return, "gloo", "horovod"),
+        (1, never_return, "mpi", "shared_memory"),
+    ],
+)
+def test_a_rank_that_hangs_is_started_again_and_the_fit_goes_on(
+    df: DataFrame,
+    store: Store,
+    tmp_path: Path,
+    undisturbed: Trained,
+    caplog: pytest.LogCaptureFixture,
+    rank: int,
+    act: object,
+    controller: str,
+    allreduce: str,
+) -> None:
+    fault = Fault(tmp_path / "mark", rank, 2, 3, act)  # type: ignore[arg-type]
+    ways = {"controller": controller, "allreduce": allreduce}
+    fitted = estimator(store, fault, stall_timeout_s=STALL_S, run_id="hung", **ways).fit(df)
+    assert_same(outcome(fitted), undisturbed)
+    said = "gave no sign of life" if act is stop_myself else "did not move on"
+    (restart,) = [record.message for record in caplog.records if "restart 1 of 3" in record.message]
+    assert restart.startswith(f"hung: rank {rank} on ")
+    assert said in restart
+    if act is never_return:
+        assert "epoch 3, step 4" in restart
+    log = Path(store.path(f"runs/hung/logs/rank-{rank}.log")).read_text()
+    assert f"in {act.__name__}" in log  # type: ignore[attr-defined]
+
+
+def test_the_error_of_a_rank_that_hangs_shows_where(spark: SparkSession) -> None:
+    def work() -> None:
+        import horovod.tensorflow as hvd
+        import tensorflow as tf
+
+        hvd.init()
+        hvdspark.moved_on("the first batch")
+        if hvd.rank() == 1:
+            hang_in_my_own_code()
+        hvdspark.moved_on("waiting for the other")
+        hvd.allreduce(tf.zeros(3), name="waits")
+
+    def hang_in_my_own_code() -> None:
+        time.sleep(600)
+
+    started = time.monotonic()
+    with pytest.raises(WorkerFailedError, match=r"^rank 1 on .*: the training did not move on for") as caught:
+        hvdspark.run(work, num_proc=2, stall_timeout_s=STALL_S)
+    assert "in hang_in_my_own_code" in str(caught.value)
+    assert caught.value.root_cause == 1
+    assert time.monotonic() - started < 60

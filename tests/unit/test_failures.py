@@ -1,0 +1,74 @@
+"""Which of several failures is the cause, and what the driver says of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from hvdspark.errors import LaunchTimeoutError, WorkerFailedError
+from hvdspark.launch.answers import LifeSign
+from hvdspark.launch.failures import Failure, FailureKind, error_of, first_cause
+
+WAITING = "HorovodInternalError: Timed out waiting 30000ms for recv operation to complete"
+
+
+def failure(rank: int, kind: FailureKind, time: float = 0.0, sign: LifeSign | None = None, error: str = "") -> Failure:
+    return Failure(rank, f"host{rank}", kind, error or f"{kind} of rank {rank}", time=time, sign=sign)
+
+
+def test_a_failure_survives_its_way_to_the_driver() -> None:
+    sent = failure(3, "stalled", 1.5, LifeSign(7, "epoch 1, step 2", 31.0, 0.5))
+    assert Failure.from_json(sent.to_json()) == sent
+    assert Failure.from_json(failure(1, "died").to_json()) == failure(1, "died")
+
+
+@pytest.mark.parametrize(
+    ("failures", "cause"),
+    [
+        # The one that raised, not those that were killed afterwards, whatever their clocks say.
+        ([failure(0, "died", 1), failure(1, "user", 5)], 1),
+        ([failure(0, "peer", 1, LifeSign(1)), failure(1, "died", 2)], 1),
+        ([failure(0, "user", 7), failure(1, "user", 6)], 1),
+        # All waited: the one that is furthest behind made the others wait, whoever said so first.
+        ([failure(0, "stalled", 1, LifeSign(9, idle_s=30)), failure(1, "peer", 2, LifeSign(8, idle_s=30.1))], 1),
+        ([failure(0, "peer", 1, LifeSign(8, idle_s=31)), failure(1, "peer", 2, LifeSign(9, idle_s=31))], 0),
+        # One that stands still as a process did not get anywhere, although it may have been ahead.
+        ([failure(0, "peer", 1, LifeSign(8, idle_s=30)), failure(1, "peer", 2, LifeSign(9, "", 30, 30))], 1),
+        # Within the same step: the one that has stood still for longer.
+        ([failure(0, "stalled", 1, LifeSign(8, idle_s=30)), failure(1, "stalled", 1, LifeSign(8, idle_s=31))], 1),
+        # A rank that died is the cause of others' waiting.
+        ([failure(0, "stalled", 1, LifeSign(8, idle_s=30)), failure(1, "died", 31)], 1),
+    ],
+)
+def test_the_cause_is_what_the_others_followed_from(failures: list[Failure], cause: int) -> None:
+    assert first_cause(failures).rank == cause
+    assert first_cause(failures[::-1]).rank == cause
+
+
+def test_a_rank_that_only_its_peers_complained_of_is_named_with_what_it_was_doing() -> None:
+    stood_still = failure(1, "peer", 2, LifeSign(4, "epoch 2, step 9, after it", 30.4), "stopped, because another rank")
+    error = error_of([failure(0, "peer", 1, LifeSign(5, idle_s=30), WAITING), stood_still], "file:///logs")
+    assert isinstance(error, WorkerFailedError)
+    first = "rank 1 on host1: the training did not move on for 30 s (epoch 2, step 9, after it)"
+    assert str(error).splitlines()[0] == first
+    assert "Logs of all ranks: file:///logs" in str(error)
+    assert error.is_passing
+    assert error.failures[0] == WAITING
+
+
+def test_ranks_whose_connection_broke_keep_their_own_words() -> None:
+    broken = "HorovodInternalError: Connection closed by peer"
+    error = error_of([failure(0, "peer", 1, LifeSign(5), broken), failure(1, "peer", 2, LifeSign(5), broken)])
+    assert str(error).startswith("rank 0 on host0: HorovodInternalError: Connection closed by peer")
+
+
+def test_ranks_that_never_began_are_no_failure_of_their_work() -> None:
+    assert isinstance(error_of([failure(0, "late", 1, LifeSign(), "did not begin within 5 s")]), LaunchTimeoutError)
+
+
+def test_a_life_sign_tells_a_stall_only_after_the_time_allowed() -> None:
+    sign = LifeSign(3, "epoch 1, step 2, computing", idle_s=9.0, silent_s=0.5)
+    assert not sign.stall(10)
+    assert not sign.stall(None)
+    assert sign.stall(9) == "the training did not move on for 9 s (epoch 1, step 2, computing)"
+    assert LifeSign(0, "", idle_s=9.0).stall(9) == "", "work that never says where it is may take as long as it likes"
+    assert "gave no sign of life for 12 s" in LifeSign(3, "", 12.0, 12.0).stall(9)
