@@ -28,8 +28,8 @@ from hvdspark.launch.barrier import LaunchOptions
 from hvdspark.plan import BatchSpec, CacheMode, ColumnSpec, ModelTensor, TrainResult
 from hvdspark.predict import OutputColumn, ScorePlan, score, scored_schema
 from hvdspark.run import active_session
+from hvdspark.runs import run_folder
 from hvdspark.store import Store
-from hvdspark.worker.checkpoint import run_folder
 from hvdspark.worker.job import Job
 
 if TYPE_CHECKING:

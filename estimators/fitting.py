@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import cloudpickle
 from hvdspark.estimators.outputs import planned_outputs
-from hvdspark.estimators.sources import RowSource
+from hvdspark.estimators.sources import RowSource, Work, WorkFor
 from pyspark.sql.types import StructType
 
 from hvdspark.data.feed import FedStage
@@ -27,20 +27,18 @@ from hvdspark.data.partitions import Split
 from hvdspark.data.planning import FitDraft
 from hvdspark.errors import ParamError, StageLostError, WorkerFailedError
 from hvdspark.launch.barrier import LaunchOptions, run_barrier, warm_up
-from hvdspark.launch.slots import check_slots, count_slots
-from hvdspark.lease import held, is_held
+from hvdspark.launch.slots import await_slots, check_slots, count_slots
 from hvdspark.plan import BatchSpec, ColumnSpec, FitPlan, TrainResult
 from hvdspark.predict import scored_schema
+from hvdspark.runs import in_progress, is_in_progress, recorded, run_folder
 from hvdspark.store import Store
-from hvdspark.worker.checkpoint import MODEL, run_folder
+from hvdspark.worker.checkpoint import MODEL
 
 if TYPE_CHECKING:
     from hvdspark.estimators.base import HorovodEstimator, HorovodModel
     from pyspark.sql import SparkSession
 
 logger = logging.getLogger(__name__)
-
-_LEASE = "driver"
 
 
 class Fit:
@@ -68,20 +66,18 @@ class Fit:
         with ExitStack() as stack:
             # A fit that fails before the ranks begin leaves nothing.
             stack.callback(store.delete_if_empty, run_folder(self._run_id))
-            stack.enter_context(held(store, run_folder(self._run_id), _LEASE))
+            stack.enter_context(in_progress(store, self._run_id))
             with self._timed("write"):
                 meanwhile = partial(warm_up, session, draft.size, options)
-                work = stack.enter_context(self._source.provided(draft, meanwhile))
-            job = estimator._job()
-            if work.plan is not None:
-                self._describe(work.plan)
-                job = job.after(work.plan)
+                work_for = stack.enter_context(self._source.provided(draft, meanwhile))
+                work = work_for(draft.size)
+            stack.enter_context(recorded(store, self._run_id))
             with self._timed("launch"):
-                answers = self._launch(session, draft.size, cloudpickle.dumps(job), options, work.rows)
-        # The answer came through Spark's own channel from a process that this fit started.
-        result: TrainResult = cloudpickle.loads(answers[0])
-        with self._timed("publish"):
-            model = estimator._make_model(store.read_bytes(result.model_path), result)
+                answers = self._launch(session, draft.size, work, work_for, options)
+            # The answer came through Spark's own channel from a process that this fit started.
+            result: TrainResult = cloudpickle.loads(answers[0])
+            with self._timed("publish"):
+                model = estimator._make_model(store.read_bytes(result.model_path), result)
         self._account(result)
         model._resetUid(estimator.uid)
         estimator._copyValues(model)
@@ -92,20 +88,36 @@ class Fit:
         return model
 
     def _launch(
-        self, session: SparkSession, size: int, payload: bytes, options: LaunchOptions, rows: FedStage | None
+        self, session: SparkSession, wanted: int, work: Work, work_for: WorkFor, options: LaunchOptions
     ) -> list[bytes]:
         """Run the ranks, and again from their last checkpoint when some were killed or lost."""
+        job, size = self._estimator._job(), wanted
         attempts = 1 + self._estimator._value("max_restarts")
         for attempt in range(1, attempts + 1):
             logs = options.logs if attempt == 1 else f"{options.logs}/attempt-{attempt}"
+            fed = work if isinstance(work, FedStage) else None
+            if isinstance(work, FitPlan):
+                self._describe(work)
+            payload = cloudpickle.dumps(job.after(work) if isinstance(work, FitPlan) else job)
             try:
-                return run_barrier(session, size, payload, replace(options, logs=logs), rows)
+                return run_barrier(session, size, payload, replace(options, logs=logs), fed)
             except (WorkerFailedError, StageLostError) as exc:
                 if not exc.is_passing or attempt == attempts:
                     raise
                 cause = str(exc).partition("\n")[0]
                 logger.warning("%s: %s; restart %d of %d", self._run_id, cause, attempt, attempts - 1)
+            now = self._size_now(session, wanted, options)
+            if now != size:
+                logger.warning("%s: goes on with %d ranks in place of %d", self._run_id, now, size)
+                size, work = now, work_for(now)
         raise AssertionError("the last attempt returns or raises")
+
+    def _size_now(self, session: SparkSession, wanted: int, options: LaunchOptions) -> int:
+        """Return how many ranks to go on with: fewer than were wanted where that is allowed and no more can be had."""
+        fewest = self._estimator._value("min_proc") or wanted
+        if fewest == wanted:
+            return wanted
+        return max(fewest, min(wanted, await_slots(session, wanted, options.slots_timeout_s)))
 
     def _check(self, session: SparkSession) -> tuple[Store, FitDraft, LaunchOptions]:
         """Find every error that can be found without a Spark job; returns what the fit goes by."""
@@ -124,6 +136,13 @@ class Fit:
             # What transform would refuse is found out now, not after the training.
             scored_schema(StructType(), planned_outputs(estimator, outputs))
         num_proc = estimator._value("num_proc") or count_slots(session)
+        min_proc = estimator._value("min_proc")
+        if min_proc is not None and min_proc > num_proc:
+            raise ParamError(
+                f"min_proc={min_proc} is more than the {num_proc} ranks of the fit; give as many at most, or leave it"
+                " out to go on with all ranks only",
+                param="min_proc",
+            )
         draft = self._draft(store, columns, batch, num_proc)
         options = estimator._launch_options(self._run_id, store)
         check_slots(session, num_proc, options.slots_timeout_s)
@@ -140,7 +159,7 @@ class Fit:
                 " new one",
                 param="run_id",
             )
-        if is_held(store, folder, _LEASE):
+        if is_in_progress(store, self._run_id):
             raise ParamError(
                 f"run_id='{self._run_id}' is being trained by another fit; wait for it, or give another one",
                 param="run_id",

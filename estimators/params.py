@@ -272,6 +272,11 @@ class EstimatorParams(ModelParams):
         "how often the ranks are started again when some were killed or lost",
         non_negative_int("max_restarts"),
     )
+    min_proc = param(
+        "min_proc",
+        "with how few ranks the training may go on when executors were lost and none have come in their place",
+        positive_int("min_proc"),
+    )
     checkpoint_steps = param(
         "checkpoint_steps",
         "steps after which the state of the training is kept, besides the end of every epoch",

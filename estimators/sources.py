@@ -7,7 +7,7 @@ import posixpath
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hvdspark.data import schema
@@ -27,20 +27,11 @@ if TYPE_CHECKING:
     from pyspark.sql.types import StructType
 
 
-@dataclass(frozen=True)
-class Work:
-    """What the ranks are to train on: a plan, or rows that come with them and that they plan with.
+# What the ranks are to train on: a plan, or rows that come with them and that they plan with.
+Work = FitPlan | FedStage
 
-    Parameters
-    ----------
-    plan
-        The plan; ``None`` where it is made when the rows have come.
-    rows
-        The rows that come with the ranks, one partition each, and what is done with them.
-    """
-
-    plan: FitPlan | None = None
-    rows: FedStage | None = None
+# The same rows may be shared out anew, among another number of ranks.
+WorkFor = Callable[[int], Work]
 
 
 class RowSource(abc.ABC):
@@ -63,8 +54,8 @@ class RowSource(abc.ABC):
 
     @abc.abstractmethod
     @contextmanager
-    def provided(self, draft: FitDraft, meanwhile: Callable[[], None]) -> Iterator[Work]:
-        """Provide the rows for the time of a block.
+    def provided(self, draft: FitDraft, meanwhile: Callable[[], None]) -> Iterator[WorkFor]:
+        """Provide the rows for the time of a block; gives a function that shares them out among so many ranks.
 
         Parameters
         ----------
@@ -107,7 +98,7 @@ class FrameSource(_FrameRows):
         self._keep = keep
 
     @contextmanager
-    def provided(self, draft: FitDraft, meanwhile: Callable[[], None]) -> Iterator[Work]:
+    def provided(self, draft: FitDraft, meanwhile: Callable[[], None]) -> Iterator[WorkFor]:
         """Find the dataset that an earlier fit wrote of the same rows, or write it."""
         store = self._store
 
@@ -120,7 +111,8 @@ class FrameSource(_FrameRows):
         key = dataset_key(self._df, draft.columns, draft.split) if self._keep else None
         # Without a key nobody could find it again.
         with dataset_of(store, key or uuid.uuid4().hex, write, keep=key is not None) as folder:
-            yield Work(draft.complete(load_manifest(store, folder), draft.store, folder))
+            manifest = load_manifest(store, folder)
+            yield lambda size: replace(draft, size=size).complete(manifest, draft.store, folder)
 
 
 class FedSource(_FrameRows):
@@ -133,9 +125,9 @@ class FedSource(_FrameRows):
     """
 
     @contextmanager
-    def provided(self, draft: FitDraft, meanwhile: Callable[[], None]) -> Iterator[Work]:  # noqa: ARG002
+    def provided(self, draft: FitDraft, meanwhile: Callable[[], None]) -> Iterator[WorkFor]:  # noqa: ARG002
         """Share the rows out among the tasks of the ranks' stage."""
-        yield Work(rows=fed_stage(self._df, draft))
+        yield lambda size: fed_stage(self._df, replace(draft, size=size))
 
 
 class ParquetSource(RowSource):
@@ -178,10 +170,10 @@ class ParquetSource(RowSource):
             )
 
     @contextmanager
-    def provided(self, draft: FitDraft, meanwhile: Callable[[], None]) -> Iterator[Work]:  # noqa: ARG002
+    def provided(self, draft: FitDraft, meanwhile: Callable[[], None]) -> Iterator[WorkFor]:  # noqa: ARG002
         """Look at the files, and make one dataset of training and validation rows."""
         store, manifest = self._survey(draft.columns) if self._written is None else self._written
-        yield Work(draft.complete(manifest, store.ref(), ""))
+        yield lambda size: replace(draft, size=size).complete(manifest, store.ref(), "")
 
     def _survey(self, columns: tuple[ColumnSpec, ...]) -> tuple[Store, Manifest]:
         train = survey(self._path, columns)

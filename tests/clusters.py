@@ -26,11 +26,10 @@ def _environment() -> None:
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 
 
-@pytest.fixture(scope="module")
-def spark(request: pytest.FixtureRequest, _environment: None) -> Iterator[SparkSession]:
-    """A cluster of two executors with a slot each; a module that wants another says so with ``MASTER``."""
-    session = (
-        SparkSession.builder.master(getattr(request.module, "MASTER", TWO_EXECUTORS))
+def new_session(master: str) -> SparkSession:
+    """Make a session on a cluster of this machine."""
+    return (
+        SparkSession.builder.master(master)
         .appName("hvdspark-e2e")
         .config("spark.ui.enabled", "false")
         .config("spark.ui.showConsoleProgress", "false")
@@ -39,6 +38,12 @@ def spark(request: pytest.FixtureRequest, _environment: None) -> Iterator[SparkS
         .config("spark.driver.bindAddress", "127.0.0.1")
         .getOrCreate()
     )
+
+
+@pytest.fixture(scope="module")
+def spark(request: pytest.FixtureRequest, _environment: None) -> Iterator[SparkSession]:
+    """A cluster of two executors with a slot each; a module that wants another says so with ``MASTER``."""
+    session = new_session(getattr(request.module, "MASTER", TWO_EXECUTORS))
     session.sparkContext.setLogLevel("OFF")
     yield session
     session.stop()

@@ -60,6 +60,8 @@ CASES = (
     Case("transform-mlp", "transform, an MLP", "benchmarks.transform", {"kind": "mlp"}),
     Case("transform-convnet", "transform, a convolutional network", "benchmarks.transform", {"kind": "convnet"}),
     Case("direct", "fit without Parquet in between", "benchmarks.direct"),
+    Case("faults", "how soon a fit goes on after a fault", "benchmarks.faults"),
+    Case("launch", "what a rank costs to start", "benchmarks.launch"),
 )
 
 

@@ -106,6 +106,9 @@ class KerasEstimator(HorovodEstimator, Persistable):
     max_restarts
         How often the ranks are started again, from the last checkpoint, when some of them were killed or lost; default
         3. An error that the training itself raises is not tried again.
+    min_proc
+        With how few ranks the training may go on when executors were lost and, within half a minute, none have come in
+        their place; by default with ``num_proc`` only. The epoch that was interrupted begins again then.
     checkpoint_steps, keep_checkpoints
         The state of the training is kept at the end of every epoch and, where given, every so many steps; the last two
         by default.
@@ -179,6 +182,7 @@ class KerasEstimator(HorovodEstimator, Persistable):
         verbose: int | None = None,
         run_id: str | None = None,
         max_restarts: int | None = None,
+        min_proc: int | None = None,
         checkpoint_steps: int | None = None,
         keep_checkpoints: int | None = None,
         output_cols: Sequence[str] | None = None,

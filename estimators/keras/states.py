@@ -72,7 +72,7 @@ class States:
         context = session.context
         store = Store.from_ref(plan.store)
         self._files = StateFiles(store, plan.run_id, context.rank, context.size, spec.keep_checkpoints)
-        latest = self._files.latest() if session.is_first else None
+        latest = self._files.latest(self._fits) if session.is_first else None
         self._latest = int(session.gather(-1 if latest is None else latest, "hvdspark_resume")[0])
 
     @property
@@ -102,8 +102,11 @@ class States:
         place = Place(state.step, state.info["logs"], state.info["stopped"])
         steps, before = self._plan.steps_per_epoch, state.info["steps_per_epoch"]
         if steps != before:
-            # On more or fewer ranks an epoch has other steps; one that had begun begins again.
             place = replace(place, step=state.step // before * steps)
+            # The states so far are numbered by other steps: the last must not be one of them.
+            self.keep(place)
+            if self._session.is_first:
+                self._files.clear(but=place.step)
         if self._session.is_first:
             logger.info(
                 "going on from the checkpoint at epoch %d, step %d", place.step // steps + 1, place.step % steps
@@ -120,7 +123,9 @@ class States:
         is_incomplete = self._session.any(error is not None, "hvdspark_state")
         if self._session.is_first and not is_incomplete:
             try:
-                self._files.publish(place.step, self._snapshot.shared(), self._info(place))
+                # On another number of ranks only a whole epoch can be gone on from.
+                epoch = place.step - place.step % self._plan.steps_per_epoch
+                self._files.publish(place.step, self._snapshot.shared(), self._info(place), spared=epoch)
             except (OSError, StoreError) as exc:
                 error = exc
         if error is not None:
@@ -130,10 +135,18 @@ class States:
         """Remove all states: the model is in the Store."""
         self._files.clear()
 
+    def _fits(self, step: int, info: Mapping[str, Any]) -> bool:
+        """Whether a state can be gone on from: within an epoch only where every rank has the same rows left."""
+        plan, steps = self._plan, info["steps_per_epoch"]
+        is_alike = steps == plan.steps_per_epoch and info["ranks"] == self._session.context.size
+        # Rows that Spark's tasks hand over come in another order each time.
+        return step % steps == 0 or (is_alike and plan.train.shares is None)
+
     def _info(self, place: Place) -> dict[str, Any]:
         return {
             "settings": self._settings(),
             "steps_per_epoch": self._plan.steps_per_epoch,
+            "ranks": self._session.context.size,
             "rate_factor": self._rate.factor,
             "best_value": self._checkpoints.best_value,
             "logs": {name: float(value) for name, value in place.logs.items()},

@@ -36,20 +36,26 @@ def check_slots(spark: SparkSession, num_proc: int, timeout_s: float) -> None:
             "spark.dynamicAllocation.enabled is true, and Spark runs no barrier stage with it. Submit the job with"
             " --conf spark.dynamicAllocation.enabled=false and a fixed number of executors."
         )
+    available = await_slots(spark, num_proc, timeout_s)
+    if available < num_proc:
+        raise NotEnoughSlotsError(
+            f"needs {num_proc} slots, the cluster can run {available} at once. Lower num_proc, or give the job"
+            " more executors or cores (spark.executor.instances, spark.executor.cores, spark.task.cpus).",
+            needed=num_proc,
+            available=available,
+        )
+
+
+def await_slots(spark: SparkSession, wanted: int, timeout_s: float) -> int:
+    """Wait for executors that are still coming, until there are so many slots; returns how many there are then."""
     deadline = time.monotonic() + (0.0 if _is_complete(spark) else timeout_s)
     announced = False
-    while (available := count_slots(spark)) < num_proc:
-        if time.monotonic() >= deadline:
-            raise NotEnoughSlotsError(
-                f"needs {num_proc} slots, the cluster can run {available} at once. Lower num_proc, or give the job"
-                " more executors or cores (spark.executor.instances, spark.executor.cores, spark.task.cpus).",
-                needed=num_proc,
-                available=available,
-            )
+    while (available := count_slots(spark)) < wanted and time.monotonic() < deadline:
         if not announced:
-            logger.info("waiting up to %g s for %d slots, %d are there", timeout_s, num_proc, available)
+            logger.info("waiting up to %g s for %d slots, %d are there", timeout_s, wanted, available)
             announced = True
         time.sleep(_POLL_S)
+    return available
 
 
 def count_slots(spark: SparkSession) -> int:

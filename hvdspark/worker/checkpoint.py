@@ -9,17 +9,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hvdspark.errors import ParamError, closest
+from hvdspark.runs import run_folder
 from hvdspark.store import Store
 
-RUNS = "runs"
 MODEL = "model"
 
 _RISING = ("acc", "auc", "precision", "recall", "f1", "fbeta", "r2", "iou", "dice", "top_k", "cosine_similarity")
-
-
-def run_folder(run_id: str) -> str:
-    """Return the folder of a run, relative to the Store."""
-    return posixpath.join(RUNS, run_id)
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,15 @@ import json
 import logging
 import posixpath
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from hvdspark.errors import CorruptDatasetError
+from hvdspark.runs import run_folder
 from hvdspark.store import Store
-from hvdspark.worker.checkpoint import run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class StateFiles:
         """Write what this rank has for itself; raises :class:`OSError` or :class:`StoreError` when it cannot."""
         self._write(self._place(step, _own_name(self._rank)), arrays)
 
-    def publish(self, step: int, arrays: Arrays, info: Mapping[str, Any]) -> None:
+    def publish(self, step: int, arrays: Arrays, info: Mapping[str, Any], spared: int = -1) -> None:
         """Make a state whole, on rank 0 and once all ranks have written their own, and remove those that are too many.
 
         Parameters
@@ -94,6 +94,8 @@ class StateFiles:
             What all ranks have alike.
         info
             Plain values.
+        spared
+            The step of a state that stays in any case.
 
         Raises
         ------
@@ -105,13 +107,23 @@ class StateFiles:
         manifest = {"version": _VERSION, "step": step, "files": files, "info": dict(info)}
         self._store.publish_bytes(json.dumps(manifest).encode(), self._place(step, _MANIFEST))
         for old in [found for found in self._steps() if found < step][: -(self._keep - 1) or None]:
-            self._store.delete(self._place(old))
+            if old != spared:
+                self._store.delete(self._place(old))
 
-    def latest(self) -> int | None:
-        """Return the step of the last state that is whole."""
+    def latest(self, fits: Callable[[int, Mapping[str, Any]], bool] = lambda *_: True) -> int | None:
+        """Return the step of the last state that is whole and fits.
+
+        Parameters
+        ----------
+        fits
+            Says by a state's step and info whether it can be gone on from.
+        """
         for step in reversed(self._steps()):
             try:
-                for name in self._manifest(step)["files"]:
+                manifest = self._manifest(step)
+                if not fits(step, manifest["info"]):
+                    continue
+                for name in manifest["files"]:
                     self._read(self._place(step, name))
             except (CorruptDatasetError, OSError) as exc:
                 logger.warning("the checkpoint of step %d is passed over: %s", step, exc)
@@ -131,10 +143,11 @@ class StateFiles:
             self._read(self._place(step, _own_name(0))),
         )
 
-    def clear(self) -> None:
-        """Remove all states: the run is through."""
+    def clear(self, but: int = -1) -> None:
+        """Remove all states, but for that of one step."""
         for step in self._steps():
-            self._store.delete(self._place(step))
+            if step != but:
+                self._store.delete(self._place(step))
 
     def _steps(self) -> list[int]:
         """List the steps of all states, whole or not."""

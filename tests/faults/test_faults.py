@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import keras
-import psutil
 import pytest
-from faulty_fits import EPOCHS, Fault, Trained, assert_same, die, estimator, outcome
+from faulty_fits import EPOCHS, Fault, Trained, assert_same, die, estimator, kill_parent, outcome
 from pyspark.sql import DataFrame
 
 from hvdspark import Store
 from hvdspark.errors import ParamError, WorkerFailedError
-
-
-def kill_parent(mark: str) -> None:
-    """Kill the nearest process above this rank whose command line has this in it, without a word to anybody."""
-    next(p for p in psutil.Process().parents() if mark in " ".join(p.cmdline())).kill()
-    time.sleep(60)
 
 
 @pytest.mark.parametrize(("rank", "controller"), [(0, "gloo"), (1, "mpi")])

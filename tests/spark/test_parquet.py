@@ -38,9 +38,10 @@ def read(store: Store, columns: Any, groups: tuple[RowGroup, ...]) -> dict[str, 
 def plan_of(source: ParquetSource, columns: tuple[ColumnSpec, ...]) -> FitPlan:
     batch = BatchSpec(tuple(TensorSpec((column.name,)) for column in columns), ())
     draft = FitDraft("run", StoreRef("unused"), columns, batch, Split(), 1, 10, 10, 1, False, 0)
-    with source.provided(draft, lambda: None) as work:
-        assert work.plan is not None
-        return work.plan
+    with source.provided(draft, lambda: None) as work_for:
+        work = work_for(1)
+        assert isinstance(work, FitPlan)
+        return work
 
 
 def test_files_of_spark_are_read_value_by_value(spark: SparkSession, tmp_path: Path) -> None:

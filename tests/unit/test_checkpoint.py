@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from hvdspark import Store
 from hvdspark.errors import ParamError, StoreError
-from hvdspark.worker.checkpoint import BestOf, Checkpoints, run_folder
+from hvdspark.runs import run_folder
+from hvdspark.worker.checkpoint import BestOf, Checkpoints
 
 
 @pytest.fixture

@@ -58,6 +58,7 @@ GOOD: dict[str, tuple[Any, Any]] = {
     "controller": ("mpi", "mpi"),
     "rdma": (True, True),
     "max_restarts": (0, 0),
+    "min_proc": (1, 1),
     "checkpoint_steps": (100, 100),
     "keep_checkpoints": (3, 3),
     "start_timeout": (30, 30.0),

@@ -166,3 +166,17 @@ def test_the_state_of_another_model_is_refused() -> None:
     kept = Snapshot(model, callbacks)
     with pytest.raises(CorruptDatasetError, match="another model"):
         Snapshot(other, callbacks).restore(kept.shared(), kept.own())
+
+
+def test_a_state_that_is_spared_stays_and_one_that_does_not_fit_is_passed_over(store: Store) -> None:
+    keep(store, 9)
+    files = StateFiles(store, "run", 0, 2, keep=1)
+    for step in (11, 13, 15):
+        for rank in range(2):
+            StateFiles(store, "run", rank, 2).write_own(step, {"own": np.zeros(1)})
+        files.publish(step, {"shared": np.zeros(1)}, {"note": step}, spared=9)
+    assert files.latest() == 15
+    assert files.latest(lambda step, info: step % 9 == 0) == 9
+    assert files.latest(lambda step, info: info["note"] == 13) is None
+    files.clear(but=9)
+    assert files.latest() == 9

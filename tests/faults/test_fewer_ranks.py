@@ -1,0 +1,99 @@
+"""A cluster that shrinks while a fit runs: it goes on with fewer ranks, if it may."""
+
+from __future__ import annotations
+
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+from faulty_fits import EPOCHS, Fault, assert_same, estimator, outcome
+from hvdspark.estimators import base
+from pyspark.sql import DataFrame, SparkSession
+
+from hvdspark import Store
+from hvdspark.errors import ParamError, WorkerFailedError
+from hvdspark.launch.barrier import LaunchOptions
+from hvdspark.launch.slots import count_slots
+
+
+def fail() -> None:
+    raise LookupError("the user's own mistake")
+
+
+def lose_an_executor(spark: SparkSession, mark: Path) -> None:
+    """Take an executor away for good, once the fit has come to the mark."""
+    while not mark.exists():
+        time.sleep(0.05)
+    scala = spark.sparkContext._jsc.sc()
+    (executor, *_) = [name for name in _executors(spark) if name != "driver"]
+    assert scala.killExecutor(executor)
+
+
+def _executors(spark: SparkSession) -> list[str]:
+    infos = spark.sparkContext._jsc.sc().statusStore().executorList(True)
+    return [infos.apply(number).id() for number in range(infos.length())]
+
+
+def request_executors(spark: SparkSession, count: int) -> None:
+    scala = spark.sparkContext._jsc.sc()
+    nowhere = spark.sparkContext._jvm.org.apache.spark.api.python.PythonUtils.toScalaMap({})
+    scala.requestTotalExecutors(count, 0, nowhere)
+    deadline = time.monotonic() + 60
+    while count_slots(spark) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+@pytest.fixture(autouse=True)
+def _little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait for new executors for moments only."""
+    monkeypatch.setattr(base, "LaunchOptions", partial(LaunchOptions, slots_timeout_s=2.0))
+
+
+@pytest.mark.parametrize("data", ["petastorm", "direct"])
+def test_a_fit_goes_on_with_the_ranks_that_are_left(
+    spark: SparkSession, df: DataFrame, store: Store, tmp_path: Path, data: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    mark = tmp_path / "mark"
+    request_executors(spark, 2)
+    fault = Fault(mark, 1, 2, 3, partial(time.sleep, 600))
+    loss = threading.Thread(target=lose_an_executor, args=(spark, mark))
+    loss.start()
+    # With states within epochs, of which only those at the ends of epochs can be gone on from.
+    settings = {"data": data, "checkpoint_steps": 2, "keep_checkpoints": 1}
+    model = estimator(store, fault, min_proc=1, run_id="shrunk", **settings).fit(df)
+    loss.join()
+    assert "goes on with 1 ranks in place of 2" in caplog.text
+    log = Path(store.path("runs/shrunk/logs/attempt-2/rank-0.log")).read_text()
+    assert "going on from the checkpoint at epoch 3, step 0" in log
+
+    history = model.getHistory()
+    assert [len(values) for values in history.values()] == [EPOCHS] * len(history)
+    assert history["loss"][-1] < history["loss"][0]
+    if data == "direct":
+        return  # its rows come in another order each time
+
+    # The same on purpose: two epochs on two ranks, then a new driver with one.
+    request_executors(spark, 2)
+    with pytest.raises(WorkerFailedError):
+        estimator(store, Fault(tmp_path / "again", 1, 2, 3, fail), run_id="planned", **settings).fit(df)
+    planned = estimator(store, num_proc=1, run_id="planned", **settings).fit(df)
+    assert_same(outcome(model), outcome(planned))
+
+
+def test_more_ranks_than_before_can_go_on_too(df: DataFrame, store: Store, tmp_path: Path) -> None:
+    with pytest.raises(WorkerFailedError):
+        estimator(store, Fault(tmp_path / "mark", 0, 2, 3, fail), num_proc=1, run_id="grown").fit(df)
+    model = estimator(store, run_id="grown").fit(df)
+    history = model.getHistory()
+    assert len(history["loss"]) == EPOCHS
+    assert history["loss"][-1] < history["loss"][0]
+    log = Path(store.path("runs/grown/logs/rank-0.log")).read_text()
+    assert "going on from the checkpoint at epoch 3, step 0" in log
+
+
+def test_more_than_all_ranks_cannot_be_demanded(df: DataFrame, store: Store) -> None:
+    with pytest.raises(ParamError, match="min_proc=3 is more than the 2 ranks"):
+        estimator(store, min_proc=3).fit(df)

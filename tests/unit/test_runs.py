@@ -1,0 +1,76 @@
+"""What is known of a run, also when its driver could say nothing more."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hvdspark import Store
+from hvdspark.errors import StageLostError, WorkerFailedError
+from hvdspark.runs import in_progress, read_record, recorded
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store.create(tmp_path / "store")
+
+
+def test_a_run_is_running_while_its_driver_is_at_it_and_finished_then(store: Store) -> None:
+    assert read_record(store, "a") is None
+    with in_progress(store, "a"), recorded(store, "a"):
+        record = read_record(store, "a")
+        assert record is not None
+        assert (record.state, record.ended, record.cause) == ("running", None, None)
+    record = read_record(store, "a")
+    assert record is not None
+    assert record.ended is not None
+    assert (record.state, record.cause) == ("finished", None)
+    assert record.started <= record.ended
+
+
+FAILED = WorkerFailedError(
+    "rank 1 on here: ValueError: no\n\nlines", failures={1: ""}, root_cause=1, log_tail="", is_passing=False
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "cause"),
+    [
+        (FAILED, "failed", "rank 1 on here: ValueError: no"),
+        (MemoryError(), "failed", "MemoryError"),
+        (KeyboardInterrupt(), "interrupted", "KeyboardInterrupt"),
+        (StageLostError("job 3 cancelled", is_passing=False), "interrupted", "job 3 cancelled"),
+        (StageLostError("executor lost", is_passing=True), "failed", "executor lost"),
+    ],
+)
+def test_an_error_is_kept_with_the_run(store: Store, error: BaseException, state: str, cause: str) -> None:
+    with pytest.raises(type(error)), in_progress(store, "a"), recorded(store, "a"):
+        raise error
+    record = read_record(store, "a")
+    assert record is not None
+    assert (record.state, record.cause) == (state, cause)
+
+
+def test_a_driver_that_is_gone_without_a_word_was_interrupted(store: Store) -> None:
+    driver = (
+        "import os, sys; from hvdspark import Store; from hvdspark.runs import in_progress, recorded\n"
+        "store = Store.create(sys.argv[1])\n"
+        "with in_progress(store, 'a'), recorded(store, 'a'):\n"
+        "    os._exit(9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", driver, store.url], check=False).returncode == 9
+    record = read_record(store, "a")
+    assert record is not None
+    assert (record.state, record.cause) == ("interrupted", "its driver is gone")
+
+
+def test_a_record_that_cannot_be_written_does_not_stop_the_run(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    Path(store.path()).mkdir(parents=True)
+    Path(store.path("runs")).write_text("in the way")
+    with recorded(store, "a"):
+        done = True
+    assert done
+    assert "cannot record that a is finished" in caplog.text
