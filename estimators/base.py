@@ -28,7 +28,7 @@ from hvdspark.launch.barrier import LaunchOptions
 from hvdspark.plan import BatchSpec, CacheMode, ColumnSpec, ModelTensor, TrainResult
 from hvdspark.predict import OutputColumn, ScorePlan, score, scored_schema
 from hvdspark.run import active_session
-from hvdspark.runs import run_folder
+from hvdspark.runs import log_folder
 from hvdspark.store import Store
 from hvdspark.worker.job import Job
 
@@ -145,7 +145,7 @@ class HorovodEstimator(Estimator, EstimatorParams, abc.ABC):  # type: ignore[typ
             start_timeout_s=self._value("start_timeout"),
             stall_timeout_s=self._value("stall_timeout_s"),
             store=store.ref(),
-            logs=f"{run_folder(run_id)}/logs",
+            logs=log_folder(run_id),
             preload=Job(self._trainer).modules,
             warm_pool=self._value("warm_pool"),
         )

@@ -30,7 +30,7 @@ from hvdspark.launch.barrier import LaunchOptions, run_barrier, warm_up
 from hvdspark.launch.slots import await_slots, check_slots, count_slots
 from hvdspark.plan import BatchSpec, ColumnSpec, FitPlan, TrainResult
 from hvdspark.predict import scored_schema
-from hvdspark.runs import in_progress, is_in_progress, recorded, run_folder
+from hvdspark.runs import in_progress, is_in_progress, log_folder, next_attempt, recorded, run_folder
 from hvdspark.store import Store
 from hvdspark.worker.checkpoint import MODEL
 
@@ -73,7 +73,7 @@ class Fit:
                 work = work_for(draft.size)
             stack.enter_context(recorded(store, self._run_id))
             with self._timed("launch"):
-                answers = self._launch(session, draft.size, work, work_for, options)
+                answers = self._launch(store, draft.size, work, work_for, options)
             # The answer came through Spark's own channel from a process that this fit started.
             result: TrainResult = cloudpickle.loads(answers[0])
             with self._timed("publish"):
@@ -87,37 +87,39 @@ class Fit:
         self._say(f"{result.rows_per_s:,.0f} rows per second; steps waited {result.data_wait_share:.1%} for rows")
         return model
 
-    def _launch(
-        self, session: SparkSession, wanted: int, work: Work, work_for: WorkFor, options: LaunchOptions
-    ) -> list[bytes]:
+    def _launch(self, store: Store, wanted: int, work: Work, work_for: WorkFor, options: LaunchOptions) -> list[bytes]:
         """Run the ranks, and again from their last checkpoint when some were killed or lost."""
-        job, size = self._estimator._job(), wanted
-        attempts = 1 + self._estimator._value("max_restarts")
-        for attempt in range(1, attempts + 1):
-            logs = options.logs if attempt == 1 else f"{options.logs}/attempt-{attempt}"
-            fed = work if isinstance(work, FedStage) else None
-            if isinstance(work, FitPlan):
-                self._describe(work)
-            payload = cloudpickle.dumps(job.after(work) if isinstance(work, FitPlan) else job)
+        size, first = wanted, next_attempt(store, self._run_id)
+        restarts = self._estimator._value("max_restarts")
+        for restart in range(restarts + 1):
+            logs = log_folder(self._run_id, first + restart)
             try:
-                return run_barrier(session, size, payload, replace(options, logs=logs), fed)
+                return self._attempt(size, work, replace(options, logs=logs))
             except (WorkerFailedError, StageLostError) as exc:
-                if not exc.is_passing or attempt == attempts:
+                if not exc.is_passing or restart == restarts:
                     raise
                 cause = str(exc).partition("\n")[0]
-                logger.warning("%s: %s; restart %d of %d", self._run_id, cause, attempt, attempts - 1)
-            now = self._size_now(session, wanted, options)
+                logger.warning("%s: %s; restart %d of %d", self._run_id, cause, restart + 1, restarts)
+            now = self._size_now(wanted, options)
             if now != size:
                 logger.warning("%s: goes on with %d ranks in place of %d", self._run_id, now, size)
                 size, work = now, work_for(now)
         raise AssertionError("the last attempt returns or raises")
 
-    def _size_now(self, session: SparkSession, wanted: int, options: LaunchOptions) -> int:
+    def _attempt(self, size: int, work: Work, options: LaunchOptions) -> list[bytes]:
+        """Run the ranks once."""
+        job, session = self._estimator._job(), self._source.session
+        if isinstance(work, FedStage):
+            return run_barrier(session, size, cloudpickle.dumps(job), options, work)
+        self._describe(work)
+        return run_barrier(session, size, cloudpickle.dumps(job.after(work)), options)
+
+    def _size_now(self, wanted: int, options: LaunchOptions) -> int:
         """Return how many ranks to go on with: fewer than were wanted where that is allowed and no more can be had."""
         fewest = self._estimator._value("min_proc") or wanted
         if fewest == wanted:
             return wanted
-        return max(fewest, min(wanted, await_slots(session, wanted, options.slots_timeout_s)))
+        return max(fewest, min(wanted, await_slots(self._source.session, wanted, options.slots_timeout_s)))
 
     def _check(self, session: SparkSession) -> tuple[Store, FitDraft, LaunchOptions]:
         """Find every error that can be found without a Spark job; returns what the fit goes by."""

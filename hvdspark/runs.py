@@ -58,6 +58,22 @@ def run_folder(run_id: str) -> str:
     return posixpath.join(RUNS, run_id)
 
 
+def log_folder(run_id: str, attempt: int = 1) -> str:
+    """Return where the ranks of an attempt, counted from 1, write their logs."""
+    first = posixpath.join(run_folder(run_id), "logs")
+    return first if attempt == 1 else f"{first}/attempt-{attempt}"
+
+
+def next_attempt(store: Store, run_id: str) -> int:
+    """Return the number of a run's next attempt: the logs of those before it are kept."""
+    names = store.list(log_folder(run_id))
+    return (
+        1
+        + len([name for name in names if name.startswith("attempt-")])
+        + any(name.startswith("rank-") for name in names)
+    )
+
+
 def read_record(store: Store, run_id: str) -> RunRecord | None:
     """Return what has become of a run.
 

@@ -90,7 +90,7 @@ def test_more_ranks_than_before_can_go_on_too(df: DataFrame, store: Store, tmp_p
     history = model.getHistory()
     assert len(history["loss"]) == EPOCHS
     assert history["loss"][-1] < history["loss"][0]
-    log = Path(store.path("runs/grown/logs/rank-0.log")).read_text()
+    log = Path(store.path("runs/grown/logs/attempt-2/rank-0.log")).read_text()
     assert "going on from the checkpoint at epoch 3, step 0" in log
 
 

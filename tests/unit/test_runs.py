@@ -10,7 +10,7 @@ import pytest
 
 from hvdspark import Store
 from hvdspark.errors import StageLostError, WorkerFailedError
-from hvdspark.runs import in_progress, read_record, recorded
+from hvdspark.runs import in_progress, log_folder, next_attempt, read_record, recorded
 
 
 @pytest.fixture
@@ -52,6 +52,14 @@ def test_an_error_is_kept_with_the_run(store: Store, error: BaseException, state
     record = read_record(store, "a")
     assert record is not None
     assert (record.state, record.cause) == (state, cause)
+
+
+def test_the_logs_of_earlier_attempts_are_kept(store: Store) -> None:
+    folders = []
+    for _ in range(3):
+        folders.append(log_folder("a", next_attempt(store, "a")))
+        store.publish_bytes(b"", f"{folders[-1]}/rank-0.log")
+    assert folders == ["runs/a/logs", "runs/a/logs/attempt-2", "runs/a/logs/attempt-3"]
 
 
 def test_a_driver_that_is_gone_without_a_word_was_interrupted(store: Store) -> None:
