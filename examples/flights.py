@@ -74,6 +74,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=2, help="training processes (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=6, help="passes over the rows (default: %(default)s)")
     parser.add_argument("--rows", type=int, help="take that many flights, drawn at random (default: all)")
+    parser.add_argument("--controller", default="gloo", help="by what ranks talk: gloo or mpi (default: %(default)s)")
     parser.add_argument("--store", help="folder or URL that driver and executors reach (default: a new folder)")
     parser.add_argument("--output", help="where to save the fitted pipeline (default: a new folder)")
     options = parser.parse_args()
@@ -195,6 +196,7 @@ def linear_pipeline(prepared: PipelineModel) -> Pipeline:
 def keras_pipeline(prepared: PipelineModel, model: keras.Model, options: argparse.Namespace) -> Pipeline:
     estimator = KerasEstimator(
         num_proc=options.ranks,
+        controller=options.controller,
         store=Store.create(options.store),
         model=model,
         # The learning rate is multiplied by the number of ranks, as the rows per step are.
