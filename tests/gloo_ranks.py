@@ -10,10 +10,12 @@ from contextlib import contextmanager
 
 import pytest
 
+from hvdspark.launch.gloo import gloo_environment
+
 RENDEZVOUS = """
 import sys
 from hvdspark.launch.gloo import RendezvousServer
-with RendezvousServer("127.0.0.1", {"127.0.0.1"}, ranks=2) as server:
+with RendezvousServer("127.0.0.1", {"127.0.0.1"}, ranks=2, token="TOKEN") as server:
     print(server.address[1], flush=True)
     sys.stdin.read()
 """
@@ -45,10 +47,7 @@ def two_gloo_ranks(
     python = (*prefix, sys.executable, "-c")
     with process(*python, RENDEZVOUS) as rendezvous:
         settings = {
-            "HOROVOD_CONTROLLER": "gloo",
-            "HOROVOD_CPU_OPERATIONS": "gloo",
-            "HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1",
-            "HOROVOD_GLOO_RENDEZVOUS_PORT": first_line(rendezvous),
+            **gloo_environment(("127.0.0.1", int(first_line(rendezvous))), "TOKEN", interface="lo"),
             "HOROVOD_HOSTNAME": "host",
             "HOROVOD_SIZE": "2",
             "HOROVOD_LOCAL_SIZE": "2",

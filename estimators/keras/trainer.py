@@ -136,6 +136,7 @@ class _Training:
             optimizer.build(variables)
         self._agree([*self._model.weights, *optimizer.variables])
         allreduce = choose_allreduce(spec.allreduce, self._session, variables, spec.compression)
+        self._session.settle()
         self._reducer = GradientReducer(allreduce, spec.passes_per_step)
         self._reducer.attach(optimizer, variables)
         self._diverge()

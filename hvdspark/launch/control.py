@@ -46,7 +46,7 @@ def open_servers(
     places = [hosts.index(context.host) for context in sorted(ranks.values(), key=lambda context: context.rank)]
     found: dict[str, Server] = {}
     if controller in ("gloo", "auto"):
-        found["gloo"] = stack.enter_context(RendezvousServer(address, (), len(peers)))
+        found["gloo"] = stack.enter_context(RendezvousServer(address, (), len(peers), token))
     if controller in ("mpi", "auto"):
         found["mpi"] = stack.enter_context(ProcessManager(address, (), places, token))
     return found
@@ -56,7 +56,7 @@ def environment_of(plane: str, address: Address, token: str, interface: str) -> 
     """Return the variables by which a rank meets the others at an address, and talks over one interface."""
     if plane == "mpi":
         return mpi_environment(address, token)
-    return gloo_environment(address, interface)
+    return gloo_environment(address, token, interface)
 
 
 def choose(controller: str, *, hosts: int, all_have_mpi: bool, all_have_rdma: bool) -> tuple[str, str]:

@@ -2,150 +2,153 @@
 
 Horovod brings a rendezvous server of its own, but that one listens on all interfaces, takes writes from anybody,
 and importing it imports TensorFlow. This one speaks the same few HTTP requests (``PUT``, ``GET`` and ``DELETE`` of
-``/scope/key``; source: horovod/common/gloo/http_store.cc), listens on one address, answers members only, and holds
-only what a rendezvous needs.
+``/scope/key``; source: horovod/common/gloo/http_store.cc), answers only who knows the job's token, and holds only what
+a rendezvous needs.
+
+Horovod sends no token, but it makes the address of its requests of what it is given as ``address`` and ``port``:
+``http://address:port/scope/key``. An address of ``10.0.0.1:4711/token`` makes that
+``http://10.0.0.1:4711/token:4711/scope/key``.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable
+import contextlib
+import hmac
+import os
+import re
+import socket
+from collections.abc import Iterable, Mapping
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+
+from hvdspark.launch.door import Door, Guest
 
 MAX_KEYS = 65536
 _SCOPES = ("global", "local_", "cross_")
+_HEAD_BYTES = 4096
+_END_OF_HEAD = b"\r\n\r\n"
+_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,9})[ \t]*(?:\r\n|$)", re.IGNORECASE)
+_CLOSE_TIMEOUT_S = 10.0
+
+_ADDRESS, _PORT = "HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT"
 
 
-class RendezvousServer:
+class RendezvousServer(Door):
     """A key-value store for the addresses of the ranks, alive while the job runs.
 
-    Use as a context manager.
+    Horovod may be started again at any time, for which ranks must meet again; between their meetings there is nothing
+    in it. Once a rank says that this will not be (:func:`close_rendezvous`), it listens no more.
 
     Parameters
     ----------
-    address
-        IP address to listen on; the port is chosen by the system.
-    members
-        IP addresses that may connect.
+    address, members
+        Where to listen, and the IP addresses that may connect; see :class:`~hvdspark.launch.door.Door`.
     ranks
         How many ranks there are. A rank writes one address per peer, which bounds the size of a value.
+    token
+        What one must know to be answered.
     """
 
-    def __init__(self, address: str, members: Iterable[str], ranks: int) -> None:
-        self._server = _Server((address, 0), frozenset(members), max_value_bytes=4096 + 512 * ranks)
-        self._thread = threading.Thread(target=self._server.serve_forever, name="rendezvous", daemon=True)
+    def __init__(self, address: str, members: Iterable[str], ranks: int, token: str) -> None:
+        super().__init__(address, members, ranks)
+        self._token = token.encode()
+        self._max_value_bytes = 4096 + 512 * ranks
+        self._scopes: dict[str, dict[str, bytes]] = {}
+        self._finished: dict[str, set[str]] = {}
 
-    @property
-    def address(self) -> tuple[str, int]:
-        """IP address and port."""
-        host, port = self._server.server_address[:2]
-        return str(host), int(port)
+    def heard(self, guest: Guest) -> bool:
+        """Answer a request, once all of it is there."""
+        head, end, body = guest.rest.partition(_END_OF_HEAD)
+        if not end:
+            return len(head) <= _HEAD_BYTES
+        method, parts = self._parse(head)
+        if parts is None:
+            return False
+        found = _LENGTH.search(head)
+        length = int(found[1]) if found else 0
+        if length > self._max_value_bytes:
+            guest.answer = _response(HTTPStatus.BAD_REQUEST)
+        elif len(body) < length:
+            return True
+        else:
+            guest.answer = self._respond(method, parts, body[:length])
+        return False
 
-    def admit(self, members: Iterable[str]) -> None:
-        """Let these IP addresses connect, instead of those given first."""
-        self._server.members = frozenset(members)
+    def _parse(self, head: bytes) -> tuple[str, list[str] | None]:
+        """Return a request's method, and its path after the token; ``None`` for one of a stranger."""
+        words = head.partition(b"\r\n")[0].split(b" ")
+        if len(words) != 3 or not words[1].startswith(b"/"):
+            return "", None
+        token, *parts = words[1][1:].split(b"/")
+        if not hmac.compare_digest(token.partition(b":")[0], self._token):
+            return "", None
+        return words[0].decode("ascii", "replace"), [part.decode("ascii", "replace") for part in parts]
 
-    def __enter__(self) -> RendezvousServer:
-        self._thread.start()
-        return self
+    def _respond(self, method: str, parts: list[str], body: bytes) -> bytes:
+        if method == "DELETE" and not parts:
+            self._shut()
+            return _response(HTTPStatus.OK)
+        if len(parts) != 2 or not parts[0].startswith(_SCOPES) or method not in ("PUT", "GET", "DELETE"):
+            return _response(HTTPStatus.NOT_FOUND if method == "GET" else HTTPStatus.BAD_REQUEST)
+        scope, key = parts
+        if method == "PUT":
+            return _response(HTTPStatus.OK if self._put(scope, key, body) else HTTPStatus.CONFLICT)
+        if method == "DELETE":
+            self._finish(scope, key)
+            return _response(HTTPStatus.OK)
+        value = self._scopes.get(scope, {}).get(key)
+        return _response(HTTPStatus.NOT_FOUND) if value is None else _response(HTTPStatus.OK, value)
 
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+    def _put(self, scope: str, key: str, value: bytes) -> bool:
+        """Store a value; ``False`` when the key has one already or the store is full."""
+        keys = self._scopes.setdefault(scope, {})
+        if key in keys or sum(len(found) for found in self._scopes.values()) >= MAX_KEYS:
+            return False
+        keys[key] = value
+        return True
+
+    def _finish(self, scope: str, rank: str) -> None:
+        """Note that a rank is through with a scope; once all are, forget it, so that it can be used again."""
+        finished = self._finished.setdefault(scope, set())
+        finished.add(rank)
+        ranks = {key for key in self._scopes.get(scope, {}) if key.isdigit()}
+        if ranks <= finished:
+            self._scopes.pop(scope, None)
+            self._finished.pop(scope, None)
 
 
-def gloo_environment(address: tuple[str, int], interface: str) -> dict[str, str]:
+def _response(status: HTTPStatus, body: bytes = b"") -> bytes:
+    head = f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    return head.encode() + body
+
+
+def gloo_environment(address: tuple[str, int], token: str, interface: str) -> dict[str, str]:
     """Return the variables that make Horovod use Gloo, meet at an address and talk over one interface."""
+    host, port = address
     return {
         "HOROVOD_CONTROLLER": "gloo",
         "HOROVOD_CPU_OPERATIONS": "gloo",
-        "HOROVOD_GLOO_RENDEZVOUS_ADDR": address[0],
-        "HOROVOD_GLOO_RENDEZVOUS_PORT": str(address[1]),
+        _ADDRESS: f"{host}:{port}/{token}",
+        _PORT: str(port),
         "HOROVOD_GLOO_IFACE": interface,
     }
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    # A job of many ranks connects all at once.
-    request_queue_size = 512
+def close_rendezvous(environment: Mapping[str, str] = os.environ) -> None:
+    """Have the rendezvous listen no more: all ranks have met, and Horovod will not be started again.
 
-    def __init__(self, address: tuple[str, int], members: frozenset[str], max_value_bytes: int) -> None:
-        super().__init__(address, _Handler)
-        self.members = members
-        self.max_value_bytes = max_value_bytes
-        self.scopes: dict[str, dict[str, bytes]] = {}
-        self.finished: dict[str, set[str]] = {}
-        self.lock = threading.Lock()
-
-    def verify_request(self, _request: Any, client_address: Any) -> bool:
-        return client_address[0] in self.members
-
-    def put(self, scope: str, key: str, value: bytes) -> bool:
-        """Store a value; ``False`` when the key has one already or the store is full."""
-        with self.lock:
-            keys = self.scopes.setdefault(scope, {})
-            if key in keys or sum(len(found) for found in self.scopes.values()) >= MAX_KEYS:
-                return False
-            keys[key] = value
-            return True
-
-    def get(self, scope: str, key: str) -> bytes | None:
-        with self.lock:
-            return self.scopes.get(scope, {}).get(key)
-
-    def finish(self, scope: str, rank: str) -> None:
-        """Note that a rank is through with a scope; once all are, forget it, so that it can be used again."""
-        with self.lock:
-            finished = self.finished.setdefault(scope, set())
-            finished.add(rank)
-            ranks = {key for key in self.scopes.get(scope, {}) if key.isdigit()}
-            if ranks <= finished:
-                self.scopes.pop(scope, None)
-                self.finished.pop(scope, None)
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: _Server
-    timeout = 10
-
-    def do_PUT(self) -> None:
-        target = self._target()
-        length = int(self.headers.get("Content-Length", "-1"))
-        if target is None or not 0 <= length <= self.server.max_value_bytes:
-            self._answer(HTTPStatus.BAD_REQUEST)
-            return
-        stored = self.server.put(*target, self.rfile.read(length))
-        self._answer(HTTPStatus.OK if stored else HTTPStatus.CONFLICT)
-
-    def do_GET(self) -> None:
-        target = self._target()
-        value = self.server.get(*target) if target is not None else None
-        if value is None:
-            self._answer(HTTPStatus.NOT_FOUND)
-        else:
-            self._answer(HTTPStatus.OK, value)
-
-    def do_DELETE(self) -> None:
-        target = self._target()
-        if target is not None:
-            self.server.finish(*target)
-        self._answer(HTTPStatus.OK)
-
-    def _target(self) -> tuple[str, str] | None:
-        parts = self.path.split("/")
-        if len(parts) != 3 or not parts[1].startswith(_SCOPES):
-            return None
-        return parts[1], parts[2]
-
-    def _answer(self, status: HTTPStatus, body: bytes = b"") -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: Any) -> None:
-        """Keep requests out of the task's log."""
+    Parameters
+    ----------
+    environment
+        The variables of a rank; does nothing where they are not those of :func:`gloo_environment`.
+    """
+    place, _, token = environment.get(_ADDRESS, "").partition("/")
+    if not token:
+        return
+    host, _, port = place.rpartition(":")
+    # A server that does not answer is no reason to stop a training: it only stays open.
+    with (
+        contextlib.suppress(OSError),
+        socket.create_connection((host, int(port)), timeout=_CLOSE_TIMEOUT_S) as connection,
+    ):
+        connection.sendall(f"DELETE /{token} HTTP/1.1\r\n\r\n".encode())
+        connection.recv(_HEAD_BYTES)

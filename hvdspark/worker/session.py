@@ -14,12 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from hvdspark.errors import RendezvousError
+from hvdspark.launch.gloo import close_rendezvous
 from hvdspark.plan import RankContext
 from hvdspark.worker.shared_sum import CHUNK_BYTES, SharedSum
 
 # Horovod's thread asks the peers in every cycle for collectives; with its usual 1 ms that takes a quarter of a core.
 _CYCLE_TIME = "HOROVOD_CYCLE_TIME"
 _RESTING_CYCLE_MS = "50"
+_DYNAMIC_SETS = "HOROVOD_DYNAMIC_PROCESS_SETS"
 
 # Python's own 5 ms are how long a thread that computes keeps others from the interpreter: the one that is to put the
 # gradients into the shared memory, for which all peers wait, behind one that reads rows.
@@ -123,6 +125,13 @@ class Session:
                 self.hvd.init()
             finally:
                 del os.environ[_CYCLE_TIME]
+
+    def settle(self) -> None:
+        """Have the door shut by which ranks meet: on all of them Horovod is up, and will not be started again."""
+        self.any(False, "hvdspark_settled")
+        # Process sets that are made later meet there again.
+        if self.is_first and _DYNAMIC_SETS not in os.environ:
+            close_rendezvous()
 
     def close(self) -> None:
         """End the session, Horovod included."""

@@ -99,9 +99,18 @@ def test_the_end_of_the_first_ranks_task_is_heard() -> None:
     assert rings(alarm)
 
 
-def test_a_stranger_neither_rings_nor_hears(alarms: list[Alarm]) -> None:
+def test_a_stranger_neither_rings_nor_hears() -> None:
+    with AlarmServer("127.0.0.1", ["127.0.0.1"], 2, TOKEN) as server, Alarm(server.address, TOKEN, 0) as alarm:
+        with socket.create_connection(server.address, timeout=5) as stranger:
+            stranger.sendall(b"wrong 1\nring\n")
+            assert stranger.recv(10) == b""
+        assert not rings(alarm, QUIET_S)
+        alarm.through()
+
+
+def test_when_all_are_there_nobody_else_gets_in(alarms: list[Alarm]) -> None:
     address = alarms[0]._connection.getpeername()[:2]
-    with socket.create_connection(address, timeout=5) as stranger:
-        stranger.sendall(b"wrong 1\nring\n")
-        assert stranger.recv(10) == b""
-    assert not rings(alarms[0], QUIET_S)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(address, timeout=5)
+    alarms[1].ring()
+    assert rings(alarms[0])
