@@ -148,6 +148,7 @@ class HorovodEstimator(Estimator, EstimatorParams, abc.ABC):  # type: ignore[typ
             logs=log_folder(run_id),
             preload=Job(self._trainer).modules,
             warm_pool=self._value("warm_pool"),
+            allow_insecure_transport=self._value("allow_insecure_transport"),
         )
 
 

@@ -28,6 +28,7 @@ from hvdspark.data.planning import FitDraft
 from hvdspark.errors import ParamError, StageLostError, WorkerFailedError
 from hvdspark.launch.barrier import LaunchOptions, run_barrier, warm_up
 from hvdspark.launch.slots import await_slots, check_slots, count_slots
+from hvdspark.launch.transport import check_transport
 from hvdspark.plan import BatchSpec, ColumnSpec, FitPlan, TrainResult
 from hvdspark.predict import scored_schema
 from hvdspark.runs import in_progress, is_in_progress, log_folder, next_attempt, recorded, run_folder
@@ -147,6 +148,7 @@ class Fit:
             )
         draft = self._draft(store, columns, batch, num_proc)
         options = estimator._launch_options(self._run_id, store)
+        check_transport(session, allow_insecure=options.allow_insecure_transport)
         check_slots(session, num_proc, options.slots_timeout_s)
         store.check_writable()
         self._check_run(store)

@@ -266,6 +266,11 @@ class EstimatorParams(ModelParams):
         "keep processes on the executors that have imported the framework, for the next fit",
         boolean("warm_pool"),
     )
+    allow_insecure_transport = param(
+        "allow_insecure_transport",
+        "let the ranks talk unprotected in a session that protects Spark's own connections",
+        boolean("allow_insecure_transport"),
+    )
     nics = param("nics", "network interfaces that the ranks may use", column_names("nics"))
     max_restarts = param(
         "max_restarts",

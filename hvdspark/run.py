@@ -31,6 +31,7 @@ def run(
     controller: str = "gloo",
     preload: Sequence[str] = (),
     warm_pool: bool = True,
+    allow_insecure_transport: bool = False,
     spark: SparkSession | None = None,
 ) -> list[Any]:
     """Run a function on every rank of a new Horovod job, one rank per Spark barrier task.
@@ -65,6 +66,9 @@ def run(
         ranks are still finding each other, and before the function could set variables that they read.
     warm_pool
         Whether processes that have imported ``preload`` are kept on the executors for the next call.
+    allow_insecure_transport
+        Whether the ranks may talk unencrypted and unauthenticated on a cluster whose session has
+        ``spark.authenticate``, ``spark.network.crypto.enabled`` or ``spark.ssl.enabled``.
     spark
         The session to run in; by default the active one.
 
@@ -77,6 +81,8 @@ def run(
     ------
     NotEnoughSlotsError
         When the cluster cannot run that many ranks at once.
+    ParamError
+        When the session wants protection that the ranks do not have, and that is not allowed.
     WorkerFailedError
         When the function failed on some rank; the message begins with the rank and the error that came first.
 
@@ -100,6 +106,7 @@ def run(
         stall_timeout_s=stall_timeout_s,
         preload=tuple(preload),
         warm_pool=warm_pool,
+        allow_insecure_transport=allow_insecure_transport,
     )
     ranks = count_slots(session) if num_proc is None else num_proc
     payload = cloudpickle.dumps(Job(fn, tuple(args), dict(kwargs or {})))

@@ -98,6 +98,9 @@ class KerasEstimator(HorovodEstimator, Persistable):
     nics, rdma
         The network interfaces or RDMA devices to use, and whether to use RDMA at all: ``"auto"`` where there is any,
         ``True`` to insist on it, ``False``.
+    allow_insecure_transport
+        Whether the ranks may talk unencrypted and unauthenticated on a cluster whose session has
+        ``spark.authenticate``, ``spark.network.crypto.enabled`` or ``spark.ssl.enabled``; by default that is refused.
     start_timeout, backend_env, use_gpu
         How the ranks are started.
     stall_timeout_s
@@ -200,6 +203,7 @@ class KerasEstimator(HorovodEstimator, Persistable):
         start_timeout: float | None = None,
         stall_timeout_s: float | None = None,
         warm_pool: bool | None = None,
+        allow_insecure_transport: bool | None = None,
         backend_env: Mapping[str, str] | None = None,
         **others: Any,
     ) -> None:
@@ -230,6 +234,7 @@ class KerasEstimator(HorovodEstimator, Persistable):
             start_timeout=120.0,
             stall_timeout_s=600.0,
             warm_pool=True,
+            allow_insecure_transport=False,
             transform_batch_size=4096,
         )
         self._init_attributes()

@@ -42,6 +42,7 @@ from hvdspark.launch.guard import STACKS
 from hvdspark.launch.meeting import Agreement, Offer, agree, exchange
 from hvdspark.launch.process import Recipe, recipe_of
 from hvdspark.launch.slots import check_slots
+from hvdspark.launch.transport import check_transport
 from hvdspark.plan import RankContext, StoreRef
 from hvdspark.store import Store
 
@@ -86,6 +87,8 @@ class LaunchOptions:
         Modules that the ranks will need, imported while the tasks are still meeting.
     warm_pool
         Whether processes that have done these imports are kept on the executors for the next job.
+    allow_insecure_transport
+        Whether the ranks may talk unprotected where Spark protects its own connections.
     """
 
     controller: str = "gloo"
@@ -99,6 +102,7 @@ class LaunchOptions:
     logs: str | None = None
     preload: tuple[str, ...] = ()
     warm_pool: bool = True
+    allow_insecure_transport: bool = False
 
     def __post_init__(self) -> None:
         if self.controller not in CONTROLLERS:
@@ -148,11 +152,15 @@ def run_barrier(
     ------
     NotEnoughSlotsError, LaunchError, RendezvousError
         When the ranks did not come up.
+    ParamError
+        When they would talk unprotected in a session that wants protection, see
+        :func:`hvdspark.launch.transport.check_transport`.
     DataError, SchemaError
         When the rows that came with the tasks cannot be trained on.
     WorkerFailedError
         When a rank failed; its message begins with the rank that failed first.
     """
+    check_transport(spark, allow_insecure=options.allow_insecure_transport)
     check_slots(spark, num_proc, options.slots_timeout_s)
     context = spark.sparkContext
     broadcast = context.broadcast(payload)

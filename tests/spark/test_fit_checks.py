@@ -108,6 +108,26 @@ def test_more_ranks_than_slots_are_refused_at_once(estimator: Any, rows: DataFra
     assert jobs_of() == 0
 
 
+def test_a_session_that_protects_its_connections_is_told_that_ranks_do_not(
+    spark: SparkSession,
+    estimator: Any,
+    rows: DataFrame,
+    jobs_of: Callable[[], int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    conf = spark.sparkContext.getConf()
+    conf.set("spark.network.crypto.enabled", "true")
+    monkeypatch.setattr(spark.sparkContext, "getConf", lambda: conf)
+    with pytest.raises(AssertionError, match="rows were to be written"):
+        estimator.fit(rows)  # nothing leaves this machine
+    conf.set("spark.master", "yarn")
+    with pytest.raises(ParamError, match=r"spark\.network\.crypto\.enabled=true: .* allow_insecure_transport=True"):
+        estimator.fit(rows)
+    assert jobs_of() == 0
+    with pytest.raises(AssertionError, match="rows were to be written"):
+        estimator.fit(rows, {estimator.allow_insecure_transport: True})
+
+
 def test_a_store_that_cannot_be_written_is_found_out_at_once(
     estimator: Any, rows: DataFrame, tmp_path: Path, jobs_of: Callable[[], int]
 ) -> None:

@@ -55,6 +55,7 @@ GOOD: dict[str, tuple[Any, Any]] = {
     "inmemory_cache_all": (True, True),
     "use_gpu": (False, False),
     "warm_pool": (False, False),
+    "allow_insecure_transport": (True, True),
     "controller": ("mpi", "mpi"),
     "rdma": (True, True),
     "max_restarts": (0, 0),
@@ -198,7 +199,7 @@ BAD: list[tuple[str, Any, str]] = [
     ],
     *[
         (name, value, "True or False")
-        for name in ("shuffle", "use_gpu", "warm_pool", "scale_learning_rate")
+        for name in ("shuffle", "use_gpu", "warm_pool", "scale_learning_rate", "allow_insecure_transport")
         for value in (1, "yes")
     ],
     ("random_seed", "x", "an integer"),
