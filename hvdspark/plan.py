@@ -227,10 +227,13 @@ class Manifest:
         The stored columns, with every size resolved.
     splits
         Row groups by split, ``"train"`` and ``"val"``, in the DataFrame's partition order.
+    sizes
+        Bytes of each file, where they are known.
     """
 
     columns: tuple[ColumnSpec, ...]
     splits: Mapping[str, tuple[RowGroup, ...]]
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     VERSION = 1
 
@@ -251,6 +254,7 @@ class Manifest:
         return cls(
             columns=tuple(_column(**values) for values in data["columns"]),
             splits={name: tuple(RowGroup(**group) for group in groups) for name, groups in data["splits"].items()},
+            sizes={str(name): int(size) for name, size in data.get("sizes", {}).items()},
         )
 
 
@@ -367,6 +371,7 @@ class StoreRef:
 
     url: str
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    private: bool = True
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import re
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 from fsspec.core import url_to_fs
@@ -31,6 +31,9 @@ _HADOOP_SCHEMES = {"s3a": "s3", "s3n": "s3", "wasb": "abfs", "wasbs": "abfs"}
 _OBJECT_STORES = frozenset({"s3", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "memory"})
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=-]*")
+_PASSWORD = re.compile(r"://[^/@]*:[^/@]+@")
+
+_PRIVATE_FOLDER, _PRIVATE_FILE, _USUAL_FILE = 0o700, 0o600, 0o666
 
 
 class Store:
@@ -44,6 +47,10 @@ class Store:
     storage_options
         Passed to fsspec, for instance ``{"endpoint_url": …}``. They travel to the ranks, but are never written
         to the Store or into saved estimators; prefer credentials from the environment.
+    private
+        Whether what is made in a local Store is for this user alone (folders 0700, files 0600), which is how driver and
+        executors that run as one user want it. ``False`` goes by the ``umask``, for executors that run as another
+        user, and for teams that share a Store by a group. Folders that are there already keep their permissions.
     max_dataset_bytes, max_dataset_age_s
         How much the datasets that fits leave for later ones may hold together, and seconds without use after which
         they go; see :meth:`gc`.
@@ -60,9 +67,17 @@ class Store:
         url: str | os.PathLike[str],
         storage_options: Mapping[str, Any] | None = None,
         *,
+        private: bool = True,
         max_dataset_bytes: float = 100 << 30,
         max_dataset_age_s: float = 7 * 86400,
     ) -> None:
+        if _PASSWORD.search(os.fspath(url)):
+            raise ParamError(
+                "the Store's address has a password in it, and addresses are logged, saved and shown in errors; give it"
+                " by storage_options, or by the environment",
+                param="prefix_path",
+            )
+        self._private = private
         self._options = dict(storage_options or {})
         self._max_dataset_bytes = max_dataset_bytes
         self._max_dataset_age_s = max_dataset_age_s
@@ -76,19 +91,24 @@ class Store:
 
     @classmethod
     def create(
-        cls, prefix_path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None, **limits: float
+        cls,
+        prefix_path: str | os.PathLike[str],
+        storage_options: Mapping[str, Any] | None = None,
+        *,
+        private: bool = True,
+        **limits: float,
     ) -> Store:
         """Open a Store, as ``horovod.spark``'s ``Store.create`` does; see the class for the parameters."""
-        return cls(prefix_path, storage_options, **limits)
+        return cls(prefix_path, storage_options, private=private, **limits)
 
     @classmethod
     def from_ref(cls, ref: StoreRef) -> Store:
         """Open the Store that :meth:`ref` described in another process."""
-        return cls(ref.url, ref.storage_options)
+        return cls(ref.url, ref.storage_options, private=ref.private)
 
     def ref(self) -> StoreRef:
         """Describe this Store by plain values, to open it in another process."""
-        return StoreRef(self.url, self._options)
+        return StoreRef(self.url, self._options, self._private)
 
     def __repr__(self) -> str:
         return f"Store({self.url!r})"
@@ -103,6 +123,11 @@ class Store:
     def filesystem(self) -> fsspec.AbstractFileSystem:
         """The fsspec file system behind the Store."""
         return self._fs
+
+    @property
+    def private(self) -> bool:
+        """Whether what is made in it is for this user alone, where it is local."""
+        return self._private
 
     @property
     def is_local(self) -> bool:
@@ -149,6 +174,15 @@ class Store:
             return []
         return sorted(posixpath.basename(entry.rstrip("/")) for entry in entries)
 
+    def sizes(self, *parts: str) -> dict[str, int]:
+        """Return the files in a folder with their sizes in bytes, by name; an absent folder is empty."""
+        try:
+            entries = self._fs.ls(self.path(*parts), detail=True)
+        except FileNotFoundError:
+            return {}
+        files = (entry for entry in entries if entry["type"] == "file")
+        return {posixpath.basename(entry["name"]): int(entry["size"]) for entry in files}
+
     def read_bytes(self, *parts: str) -> bytes:
         """Read a file.
 
@@ -180,13 +214,13 @@ class Store:
         """
         target = self.path(*parts)
         try:
-            self._fs.makedirs(posixpath.dirname(target), exist_ok=True)
+            self._make_folders(posixpath.dirname(target))
             if self._is_object_store:
                 self._fs.pipe_file(target, data)
                 return
             beside = f"{target}.{uuid.uuid4().hex}.part"
             try:
-                with self._fs.open(beside, "wb") as file:
+                with self._create(beside) as file:
                     file.write(data)
                     _sync(file)
                 self._rename(beside, target)
@@ -196,6 +230,18 @@ class Store:
         except OSError as exc:
             url = self.url_of(*parts)
             raise StoreError(f"cannot write {url}: {exc}. Nothing was left behind.", url=url) from exc
+
+    def open_file(self, *parts: str) -> IO[bytes]:
+        """Open a file to write it bit by bit; others may see it before it is whole. Its folder is made.
+
+        Raises
+        ------
+        OSError
+            When that cannot be.
+        """
+        path = self.path(*parts)
+        self._make_folders(posixpath.dirname(path))
+        return self._create(path)
 
     def publish_file(self, source: str | os.PathLike[str], *parts: str) -> None:
         """Copy a local file into the Store atomically; errors as :meth:`publish_bytes`."""
@@ -210,7 +256,7 @@ class Store:
             When it cannot be made.
         """
         try:
-            self._fs.makedirs(self.path(*parts), exist_ok=True)
+            self._make_folders(self.path(*parts))
         except OSError as exc:
             url = self.url_of(*parts)
             raise StoreError(f"cannot make the folder {url}: {exc}", url=url) from exc
@@ -274,6 +320,26 @@ class Store:
     @property
     def _is_object_store(self) -> bool:
         return bool(_OBJECT_STORES & _protocols(self._fs))
+
+    def _make_folders(self, path: str) -> None:
+        """Make a folder and those above it that are missing."""
+        if not (self.is_local and self._private):
+            self._fs.makedirs(path, exist_ok=True)
+            return
+        folder = Path(path)
+        missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+        for parent in reversed(missing):
+            parent.mkdir(_PRIVATE_FOLDER, exist_ok=True)  # mkdir(parents=True) would give those above other modes
+        if not folder.is_dir():
+            raise NotADirectoryError(f"{path} is no folder")
+
+    def _create(self, path: str) -> IO[bytes]:
+        if not self.is_local:
+            stream: IO[bytes] = self._fs.open(path, "wb")
+            return stream
+        # A link that lies in the file's place might lead out of the Store.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.fdopen(os.open(path, flags, _PRIVATE_FILE if self._private else _USUAL_FILE), "wb")
 
     def _rename(self, source: str, target: str) -> None:
         if self.is_local:

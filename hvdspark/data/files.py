@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import posixpath
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,6 +40,7 @@ class RowFile:
     def __init__(self, store: Store, dataset: str, name: str) -> None:
         self._store = store
         self._path = store.path(dataset, name)
+        self._dataset = dataset
         self._name = name
         self._buffer: list[Blocks] = []
         self._buffered = 0
@@ -93,9 +93,7 @@ class RowFile:
 
     def _open(self, schema: pa.Schema) -> Any:
         if self._writer is None:
-            filesystem = self._store.filesystem
-            filesystem.makedirs(posixpath.dirname(self._path), exist_ok=True)
-            self._stream = filesystem.open(self._path, "wb")
+            self._stream = self._store.open_file(self._dataset, self._name)
             if self._path.endswith(ARROW):
                 self._writer = pa.ipc.new_file(self._stream, schema)
             else:

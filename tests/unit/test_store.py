@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hvdspark.errors import ParamError, StoreError
 from hvdspark.store import Store
@@ -92,3 +95,78 @@ def test_a_reference_opens_the_same_store_and_does_not_show_its_options(tmp_path
     store = Store.create(tmp_path, options)
     assert Store.from_ref(store.ref()) == store
     assert "auto_mkdir" not in repr(store.ref()) + repr(store)
+
+
+@given(st.text(max_size=12) | st.text("./\\~%\0 a\u2024\uff0e\u2215", max_size=8))
+def test_a_name_is_refused_or_stays_inside(name: str) -> None:
+    store = Store.create("/the/store")
+    try:
+        path = store.path("runs", name)
+    except ParamError:
+        return
+    assert path == f"/the/store/runs/{name}"
+    assert os.path.normpath(path) == path
+    assert path.isascii()
+
+
+def test_a_link_in_the_place_of_a_file_is_not_followed(tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "store")
+    outside = tmp_path / "outside"
+    outside.write_text("of somebody else")
+    store.make_folder("runs/a/logs")
+    for name in ("rank-0.log", "model"):
+        Path(store.path("runs/a/logs", name)).symlink_to(outside)
+    with pytest.raises(OSError, match="symbolic links"):
+        store.open_file("runs/a/logs/rank-0.log")
+    store.publish_bytes(b"mine", "runs/a/logs/model")
+    assert outside.read_text() == "of somebody else"
+    assert store.read_bytes("runs/a/logs/model") == b"mine"
+
+
+@pytest.fixture
+def _open_umask() -> Iterator[None]:
+    before = os.umask(0o002)
+    yield
+    os.umask(before)
+
+
+def modes(root: Path) -> set[str]:
+    return {f"{'d' if path.is_dir() else 'f'}{path.stat().st_mode & 0o777:o}" for path in (root, *root.rglob("*"))}
+
+
+def fill(store: Store) -> None:
+    store.publish_bytes(b"x", "runs", "a", "model")
+    store.make_folder("runs", "b", "logs")
+    with store.open_file("runs", "b", "logs", "rank-0.log") as file:
+        file.write(b"line")
+
+
+@pytest.mark.usefixtures("_open_umask")
+def test_what_is_made_in_a_store_is_the_users_alone(tmp_path: Path) -> None:
+    fill(Store.from_ref(Store.create(tmp_path / "new" / "store").ref()))
+    assert modes(tmp_path / "new") == {"d700", "f600"}
+
+
+@pytest.mark.usefixtures("_open_umask")
+def test_a_team_may_share_a_store_by_its_umask(tmp_path: Path) -> None:
+    fill(Store.from_ref(Store.create(tmp_path / "store", private=False).ref()))
+    assert modes(tmp_path / "store") == {"d775", "f664"}
+
+
+@pytest.mark.usefixtures("_open_umask")
+def test_a_folder_that_was_there_keeps_its_permissions(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir(mode=0o750)
+    fill(Store.create(tmp_path / "store"))
+    assert (tmp_path / "store").stat().st_mode & 0o777 == 0o750
+    assert modes(tmp_path / "store" / "runs") == {"d700", "f600"}
+
+
+@pytest.mark.parametrize("url", ["s3://key:SECRET@bucket/x", "ftp://me:SECRET@host/x"])
+def test_a_password_in_an_address_is_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(ParamError, match="storage_options") as caught:
+        Store.create(url)
+    assert "SECRET" not in str(caught.value)
+
+
+def test_an_address_may_name_a_user_or_a_container() -> None:
+    assert Store.create("memory://container@account/x:y@z").url == "memory://container@account/x:y@z"
