@@ -29,6 +29,8 @@ _FOLDER = "leases"
 RENEWAL_S = 20.0
 STALE_S = 180.0
 
+_FIELDS = {"time": float, "host": str, "pid": int, "started": float}
+
 # What two looks at the start of one process may differ by.
 _SAME_START_S = 2.0
 
@@ -88,7 +90,10 @@ def _holder() -> bytes:
 
 def _is_alive(store: Store, name: str) -> bool:
     lease: dict[str, Any] | None = store.read_json(name)
-    if lease is None or time.time() - lease["time"] > STALE_S:
+    # What makes no sense was not written by a holder.
+    if lease is None or not all(isinstance(lease.get(name), kind) for name, kind in _FIELDS.items()):
+        return False
+    if time.time() - lease["time"] > STALE_S:
         return False
     if lease["host"] != socket.gethostname():
         return True

@@ -16,12 +16,13 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from hvdspark import lease
 
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 DATASETS = "datasets"
 
 _ENTRY, _USED = "entry.json", "used.json"
+_ATTEMPT = re.compile(r"[0-9a-f]{12}")
 _POLL_S = 0.5
 
 # One writer at a time among the threads of this process, as a CrossValidator with parallelism has them.
@@ -80,9 +82,32 @@ def dataset_of(store: Store, key: str, write: Callable[[str], None], *, keep: bo
 
 def _find(store: Store, folder: str) -> str | None:
     """Return the whole dataset of a key, where there is one."""
+    entry = _entry(store, folder)
+    if entry is None or not store.exists(folder, entry["attempt"]):
+        return None
+    dataset = f"{folder}/{entry['attempt']}"
+    size_bytes = _size_bytes(store, dataset)
+    if size_bytes != entry["size_bytes"]:
+        logger.warning(
+            "%s is not as it was written: it holds %d bytes instead of %d, and is written anew",
+            store.url_of(dataset),
+            size_bytes,
+            entry["size_bytes"],
+        )
+        return None
+    return dataset
+
+
+def _entry(store: Store, folder: str) -> dict[str, Any] | None:
+    """Return what is noted of a whole dataset; ``None`` where nothing is, or nothing that makes sense."""
     entry = store.read_json(folder, _ENTRY)
-    dataset = None if entry is None else f"{folder}/{entry['attempt']}"
-    return dataset if dataset is not None and store.exists(dataset) else None
+    if entry is None or not isinstance(entry.get("attempt"), str) or not _ATTEMPT.fullmatch(entry["attempt"]):
+        return None
+    return entry if all(isinstance(entry.get(name), int | float) for name in ("size_bytes", "written")) else None
+
+
+def _size_bytes(store: Store, dataset: str) -> int:
+    return int(store.filesystem.du(store.path(dataset)))
 
 
 def _write_once(store: Store, folder: str, write: Callable[[str], None]) -> str:
@@ -99,8 +124,7 @@ def _write(store: Store, folder: str, write: Callable[[str], None]) -> str:
     dataset = f"{folder}/{attempt}"
     with lease.held(store, folder, "writer"):
         write(dataset)
-        size_bytes = int(store.filesystem.du(store.path(dataset)))
-        entry = {"attempt": attempt, "size_bytes": size_bytes, "written": time.time()}
+        entry = {"attempt": attempt, "size_bytes": _size_bytes(store, dataset), "written": time.time()}
         store.publish_bytes(json.dumps(entry).encode(), folder, _ENTRY)
     return dataset
 
@@ -152,10 +176,10 @@ def _doomed(store: Store, max_bytes: float, max_age_s: float) -> Iterator[Remove
     whole = []
     for name in store.list(DATASETS):
         folder = f"{DATASETS}/{name}"
-        entry = store.read_json(folder, _ENTRY)
+        entry = _entry(store, folder)
         if entry is not None:
-            used = store.read_json(folder, _USED) or {"time": entry["written"]}
-            whole.append((used["time"], folder, entry["size_bytes"]))
+            used_at = (store.read_json(folder, _USED) or {}).get("time")
+            whole.append((used_at if isinstance(used_at, float) else entry["written"], folder, entry["size_bytes"]))
         elif not lease.is_held(store, folder):
             yield Removed(folder, 0, "unfinished")
     total, now = 0, time.time()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import pickle
 import posixpath
@@ -88,10 +89,12 @@ def materialize(
         found = by_position(df, wanted).mapInArrow(_task_of(writer, wanted), "report string").collect()
         reports = [PartitionReport.from_json(row["report"]) for row in found]
         manifest = merge(columns, reports, split)
+        sizes: dict[str, int] = {}
         for name, groups in manifest.splits.items():
             if groups:
-                _check_visible(store, dataset, name, groups)
+                sizes |= _sizes_of(store, dataset, name, groups)
                 _write_petastorm_metadata(store, posixpath.join(dataset, name), manifest.columns, groups)
+        manifest = dataclasses.replace(manifest, sizes=sizes)
         store.publish_bytes(manifest.to_json().encode(), dataset, MANIFEST)
     except BaseException:
         # What went wrong must not be hidden by what its cleaning up meets.
@@ -101,15 +104,18 @@ def materialize(
     return dataset, manifest
 
 
-def _check_visible(store: Store, dataset: str, split: str, groups: Sequence[RowGroup]) -> None:
-    """Check that what the executors wrote is where this process sees it."""
-    missing = {group.path for group in groups} - {f"{split}/{name}" for name in store.list(dataset, split)}
+def _sizes_of(store: Store, dataset: str, split: str, groups: Sequence[RowGroup]) -> dict[str, int]:
+    """Return the sizes of the files that the executors wrote; this process must see them."""
+    sizes = {f"{split}/{name}": size for name, size in store.sizes(dataset, split).items()}
+    written = {group.path for group in groups}
+    missing = written - sizes.keys()
     if missing:
         raise StoreError(
             f"the executors wrote {store.url_of(dataset, min(missing))}, but the driver does not see it: {store.url} is"
             " a folder of each machine's own. Give a Store on a file system that all of them share.",
             url=store.url,
         )
+    return {path: sizes[path] for path in written}
 
 
 def load_manifest(store: Store, dataset: str) -> Manifest:
@@ -125,7 +131,7 @@ def load_manifest(store: Store, dataset: str) -> Manifest:
     Raises
     ------
     CorruptDatasetError
-        When it has none, so that it is not whole.
+        When it has none, so that it is not whole, or names files that are not in its folder.
     """
     place = posixpath.join(dataset, MANIFEST)
     if not store.exists(place):
@@ -133,12 +139,45 @@ def load_manifest(store: Store, dataset: str) -> Manifest:
             f"there is no {store.url_of(place)}: the dataset was not written to its end, or hvdspark did not write it"
         )
     try:
-        return Manifest.from_json(store.read_bytes(place).decode())
+        manifest = Manifest.from_json(store.read_bytes(place).decode())
+        for group in itertools.chain.from_iterable(manifest.splits.values()):
+            _check_group(store, dataset, group)
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
         raise CorruptDatasetError(
             f"{store.url_of(place)} is not a manifest that this version reads: {exc!r}; run fit() again to write the"
             " dataset anew"
         ) from exc
+    return manifest
+
+
+def _check_group(store: Store, dataset: str, group: RowGroup) -> None:
+    """Check what a manifest says of a row group; raises :class:`ValueError` where it leads out of the dataset."""
+    store.path(*([dataset] if dataset else []), group.path)
+    if not all(type(number) is int and number >= 0 for number in (group.index, group.rows)):
+        raise ValueError(f"row group {group.index!r} with {group.rows!r} rows")
+
+
+def require_files(store: Store, dataset: str, manifest: Manifest) -> None:
+    """Check that the files of a dataset are there as they were written, without opening them.
+
+    Raises
+    ------
+    CorruptDatasetError
+        When one is missing or has another size.
+    """
+    paths = {group.path for groups in manifest.splits.values() for group in groups}
+    found = {
+        posixpath.join(folder, name): size
+        for folder in {posixpath.dirname(path) for path in paths}
+        for name, size in store.sizes(*filter(None, (dataset, folder))).items()
+    }
+    for path in sorted(paths):
+        url = store.url_of(posixpath.join(dataset, path))
+        if path not in found:
+            raise CorruptDatasetError(f"{url} is missing, though the dataset's manifest names it")
+        expected = manifest.sizes.get(path)
+        if expected is not None and found[path] != expected:
+            raise CorruptDatasetError(f"{url} has {found[path]} bytes, but {expected} were written: it was changed")
 
 
 def by_position(df: DataFrame, names: Sequence[str]) -> DataFrame:

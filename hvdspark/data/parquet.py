@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from hvdspark.data.materialize import refuse_nulls
 from hvdspark.data.partitions import Layout
-from hvdspark.errors import EmptyDatasetError, StoreError
+from hvdspark.errors import CorruptDatasetError, EmptyDatasetError, StoreError
 from hvdspark.plan import ColumnSpec, GroupRead, RowGroup
 from hvdspark.store import Store
 
@@ -124,8 +124,11 @@ def _files(store: Store) -> Iterator[str]:
 
 
 def _footer(store: Store, path: str) -> pq.FileMetaData:
-    with store.filesystem.open(store.path(path), "rb") as file:
-        return pq.read_metadata(file)
+    try:
+        with store.filesystem.open(store.path(path), "rb") as file:
+            return pq.read_metadata(file)
+    except (OSError, ValueError) as exc:
+        raise CorruptDatasetError(f"{store.url_of(path)} cannot be read: {exc}. It is no whole Parquet file.") from exc
 
 
 def _count_nulls(footer: pq.FileMetaData, column: str) -> int:

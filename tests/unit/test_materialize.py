@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
 import pickle
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +25,7 @@ from hypothesis.extra import numpy as hnp
 
 from hvdspark import Store
 from hvdspark.data import petastorm_compat  # noqa: F401  (must come before petastorm)
-from hvdspark.data.materialize import DATASETS, MANIFEST, load_manifest, materialize
+from hvdspark.data.materialize import DATASETS, MANIFEST, load_manifest, materialize, require_files
 from hvdspark.data.partitions import TRAIN, VAL, Split
 from hvdspark.data.reader import ShardReader, read_group
 from hvdspark.data.shards import plan_shards, reads_of
@@ -604,6 +606,39 @@ def test_a_damaged_manifest_is_a_corrupt_dataset(copied: Any, text: str) -> None
     copied.store.publish_bytes(text.encode(), copied.dataset, MANIFEST)
     with pytest.raises(CorruptDatasetError, match=r"manifest"):
         load_manifest(copied.store, copied.dataset)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"path": "../../../etc/passwd"},
+        {"path": "/etc/passwd"},
+        {"path": "train/../../x.parquet"},
+        {"path": "train/x\0.parquet"},
+        {"path": ""},
+        {"path": 7},
+        {"index": -1},
+        {"index": "0"},
+        {"rows": 1.5},
+    ],
+    ids=str,
+)
+def test_a_manifest_names_row_groups_of_its_own_dataset_only(copied: Any, change: dict[str, Any]) -> None:
+    text = json.loads(copied.store.read_bytes(copied.dataset, MANIFEST))
+    text["splits"]["train"][0].update(change)
+    copied.store.publish_bytes(json.dumps(text).encode(), copied.dataset, MANIFEST)
+    with pytest.raises(CorruptDatasetError, match=r"manifest\.json is not a manifest"):
+        load_manifest(copied.store, copied.dataset)
+
+
+@pytest.mark.parametrize("damage", [cut_tail, make_empty, take_away, make_a_folder])
+def test_a_file_that_is_missing_or_cut_is_found_without_opening_it(copied: Any, damage: Callable[..., None]) -> None:
+    manifest = load_manifest(copied.store, copied.dataset)
+    require_files(copied.store, copied.dataset, manifest)
+    path = data_files(copied)[0]
+    damage(path, [])
+    with pytest.raises(CorruptDatasetError, match=re.escape(str(path))):
+        require_files(copied.store, copied.dataset, manifest)
 
 
 def test_a_manifest_of_another_version_is_refused() -> None:

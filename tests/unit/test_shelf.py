@@ -239,3 +239,46 @@ def test_the_limits_of_the_store_are_those_it_was_made_with(tmp_path: Path) -> N
     assert [removed.reason for removed in store.gc(dry_run=True)] == ["size"]
     assert store.gc(max_bytes=200, dry_run=True) == []
     assert [removed.reason for removed in Store.create(tmp_path, max_dataset_age_s=-1).gc(dry_run=True)] == ["age"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "removed", "grown"])
+def test_a_dataset_that_was_changed_is_written_anew(store: Store, damage: str) -> None:
+    calls: list[str] = []
+    with dataset_of(store, KEY, writer(store, calls=calls)) as first:
+        pass
+    rows = Path(store.path(first, "rows"))
+    if damage == "removed":
+        rows.unlink()
+    else:
+        rows.write_text("row" if damage == "truncated" else "rows and rows")
+    with dataset_of(store, KEY, writer(store, calls=calls)) as second:
+        assert store.read_bytes(second, "rows") == b"rows"
+    assert len(calls) == 2
+    with dataset_of(store, KEY, fail) as third:
+        assert third == second
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"attempt": "../../../outside", "size_bytes": 4, "written": 1.0},
+        {"attempt": "/etc", "size_bytes": 4, "written": 1.0},
+        {"attempt": None, "size_bytes": 4, "written": 1.0},
+        {"attempt": "0123456789ab", "size_bytes": "4"},
+        {},
+    ],
+    ids=str,
+)
+def test_an_entry_that_makes_no_sense_is_none(store: Store, entry: dict[str, object]) -> None:
+    store.publish_bytes(json.dumps(entry).encode(), FOLDER, "entry.json")
+    assert [item.reason for item in store.gc(dry_run=True)] == ["unfinished"]
+    with dataset_of(store, KEY, writer(store)) as dataset:
+        assert store.read_bytes(dataset, "rows") == b"rows"
+
+
+def test_a_lease_that_makes_no_sense_holds_nothing(store: Store) -> None:
+    for number, content in enumerate(
+        [b"{}", b'{"time": "now", "host": 1}', b"\x80\x04.", b'{"time": 9e99, "host": "x"}']
+    ):
+        store.publish_bytes(content, FOLDER, "leases", f"reader-{number}.json")
+    assert not lease.is_held(store, FOLDER)
