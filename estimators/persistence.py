@@ -19,6 +19,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import AnalysisException, PySparkException
 from pyspark.ml.param import Params
 from pyspark.ml.util import DefaultParamsReader, DefaultParamsWriter, MLReadable, MLReader, MLWritable, MLWriter
 from pyspark.sql import SparkSession
@@ -29,7 +31,15 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 class Persistable(Params, MLWritable, MLReadable[Any], abc.ABC):
-    """Saves as JSON metadata and files; subclasses say which."""
+    """Saves as JSON metadata and files; subclasses say which.
+
+    Attributes
+    ----------
+    _origin : str
+        From where it was loaded, for error messages; empty where it was not.
+    """
+
+    _origin: str = ""
 
     @abc.abstractmethod
     def _to_files(self) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -95,19 +105,42 @@ class FilesReader(MLReader[Any]):
 
     def load(self, path: str) -> Any:
         """Read the metadata, then the files it names, and compare their checksums."""
-        metadata = DefaultParamsReader.loadMetadata(path, self.sparkSession)
+        metadata = self._metadata(path)
         expected = f"{self._cls.__module__}.{self._cls.__name__}"
-        if metadata["class"] != expected:
-            raise ModelFormatError(f"{path} holds a {metadata['class']}, not a {expected}; load it with its own class")
+        if metadata.get("class") != expected:
+            raise ModelFormatError(
+                f"{path} holds a {metadata.get('class')}, not a {expected}; load it with its own class"
+            )
         try:
             extra = metadata["hvdspark"]
             files = {name: self._file(path, name, checksum) for name, checksum in extra["files"].items()}
             instance = self._cls._from_files(extra, files)
-        except (KeyError, TypeError, AttributeError) as exc:
-            raise ModelFormatError(f"the metadata of {path} lacks what a {expected} needs: {exc!r}") from exc
-        instance._resetUid(metadata["uid"])
-        DefaultParamsReader.getAndSetParams(instance, metadata)
+            instance._resetUid(str(metadata["uid"]))
+            DefaultParamsReader.getAndSetParams(instance, metadata)
+        except ModelFormatError as exc:
+            if path in str(exc):
+                raise
+            raise ModelFormatError(f"{path}: {exc}") from exc
+        except (KeyError, TypeError, AttributeError, ValueError) as exc:
+            raise ModelFormatError(
+                f"the metadata of {path} lacks what a {expected} needs, or has something else in its place: {exc!r}"
+            ) from exc
+        instance._origin = path
         return instance
+
+    def _metadata(self, path: str) -> dict[str, Any]:
+        """Read the metadata as the JSON object that it is, or say that it is not; an absent one is Spark's error."""
+        try:
+            found = DefaultParamsReader.loadMetadata(path, self.sparkSession)
+        except AnalysisException:
+            raise
+        except (ValueError, TypeError, PySparkException, Py4JJavaError) as exc:
+            raise ModelFormatError(
+                f"{path}/metadata is damaged, or Spark ML did not write it: {_first_line(exc)}"
+            ) from exc
+        if not isinstance(found, dict):
+            raise ModelFormatError(f"{path}/metadata holds a {type(found).__name__}, no JSON object")
+        return found
 
     def _file(self, path: str, name: str, checksum: str) -> bytes:
         """Read a file that the metadata names and make sure that it is the one that was saved."""
@@ -135,8 +168,16 @@ def _read_file(spark: SparkSession, path: str) -> bytes:
         if not filesystem.exists(source):
             raise ModelFormatError(f"{path} is missing, though the metadata names it")
         # The last argument keeps Hadoop from leaving a checksum file of its own.
-        filesystem.copyToLocalFile(False, source, _path(spark, local.as_uri()), True)
+        try:
+            filesystem.copyToLocalFile(False, source, _path(spark, local.as_uri()), True)
+        except Py4JJavaError as exc:
+            raise ModelFormatError(f"{path} cannot be read: {_first_line(exc)}") from exc
         return local.read_bytes()
+
+
+def _first_line(exc: Exception) -> str:
+    text = str(exc.java_exception) if isinstance(exc, Py4JJavaError) else str(exc)
+    return next(iter(text.strip().splitlines()), type(exc).__name__)
 
 
 def _hadoop(spark: SparkSession, path: str) -> tuple[Any, Any]:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import abc
+import json
 import posixpath
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from py4j.protocol import Py4JJavaError
 
 from hvdspark.data import schema
 from hvdspark.data.columns import spark_schema
 from hvdspark.data.feed import FedStage, fed_stage
-from hvdspark.data.materialize import MANIFEST, dataset_key, load_manifest, materialize
+from hvdspark.data.materialize import MANIFEST, dataset_key, load_manifest, materialize, require_files
 from hvdspark.data.parquet import Survey, open_parquet, survey
 from hvdspark.data.partitions import TRAIN, VAL
 from hvdspark.data.planning import FitDraft
-from hvdspark.errors import ParamError, StoreError
+from hvdspark.errors import CorruptDatasetError, ParamError, SchemaError, StoreError
 from hvdspark.plan import ColumnSpec, FitPlan, Manifest, RowGroup
 from hvdspark.shelf import dataset_of
 from hvdspark.store import Store
@@ -32,6 +35,12 @@ Work = FitPlan | FedStage
 
 # The same rows may be shared out anew, among another number of ranks.
 WorkFor = Callable[[int], Work]
+
+
+# The Python side of Spark's own column types that are classes; "None" has none.
+_KNOWN_CLASSES = frozenset(
+    {"None", *(f"pyspark.{package}.linalg.{name}UDT" for package in ("ml", "mllib") for name in ("Vector", "Matrix"))}
+)
 
 
 class RowSource(abc.ABC):
@@ -149,7 +158,7 @@ class ParquetSource(RowSource):
         self._validation_path = validation_path
         self._written = _written_by_a_fit(path)
         if self._written is None:
-            self.schema = session.read.parquet(path).schema
+            self.schema = _schema_of(session, path)
         else:
             self.schema = spark_schema(self._written[1].columns)
 
@@ -194,7 +203,57 @@ def _written_by_a_fit(path: str) -> tuple[Store, Manifest] | None:
     store, file = open_parquet(path)
     if file is not None or not store.exists(MANIFEST):
         return None
-    return store, load_manifest(store, "")
+    manifest = load_manifest(store, "")
+    require_files(store, "", manifest)
+    return store, manifest
+
+
+def _schema_of(session: SparkSession, path: str) -> StructType:
+    """Return the columns of Parquet files, as Spark sees them.
+
+    Raises
+    ------
+    CorruptDatasetError
+        When a file is damaged.
+    SchemaError
+        When a file wants a Python class of its own for a column: PySpark would import it, or unpickle it.
+    """
+    try:
+        frame = session.read.parquet(path)
+    except Py4JJavaError as exc:
+        raise CorruptDatasetError(f"Spark cannot read {path}: {_root_cause(exc)}") from exc
+    for column, named in _classes_in(frame):
+        if named not in _KNOWN_CLASSES:
+            raise SchemaError(
+                f"column '{column}' of {path} wants the Python class {named}; only Spark's own vectors and matrices are"
+                " taken. Read the files with Spark, and select plain columns of them.",
+                column=column,
+                expected="a column of Spark's own types",
+                found=named,
+            )
+    return frame.schema
+
+
+def _classes_in(frame: DataFrame) -> Iterator[tuple[str, str]]:
+    """Yield the Python classes that columns want, before PySpark has looked at them."""
+    java: Any = frame._jdf  # of a classic session, as are all that a fit runs in
+    for field in json.loads(java.schema().json())["fields"]:
+        inside = [field["type"]]
+        while inside:
+            found = inside.pop()
+            if isinstance(found, list):
+                inside += found
+            elif isinstance(found, dict):
+                if found.get("type") == "udt":
+                    yield str(field["name"]), "of a pickle" if "serializedClass" in found else str(found.get("pyClass"))
+                inside += found.values()
+
+
+def _root_cause(exc: Py4JJavaError) -> str:
+    cause = exc.java_exception
+    while cause.getCause() is not None:
+        cause = cause.getCause()
+    return str(cause.getMessage()).strip().partition("\n")[0]
 
 
 def _common_folder(first: str, second: str) -> str:

@@ -7,8 +7,11 @@ loads in safe mode, or JSON.
 from __future__ import annotations
 
 import inspect
+import io
 import tempfile
 import warnings
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +49,12 @@ def model_to_bytes(model: keras.Model) -> bytes:
 
 
 def model_from_bytes(
-    data: bytes, custom_objects: Mapping[str, Any] | None = None, *, safe_mode: bool = True, compiled: bool = True
+    data: bytes,
+    custom_objects: Mapping[str, Any] | None = None,
+    *,
+    safe_mode: bool = True,
+    compiled: bool = True,
+    origin: str = "",
 ) -> keras.Model:
     """Load what :func:`model_to_bytes` saved.
 
@@ -60,6 +68,8 @@ def model_from_bytes(
         Whether a model that holds code (a ``Lambda`` layer) is refused.
     compiled
         Whether to compile it as it was.
+    origin
+        Where the file is from, for the error.
 
     Raises
     ------
@@ -75,13 +85,31 @@ def model_from_bytes(
             return keras.saving.load_model(
                 path, custom_objects=dict(custom_objects or {}), safe_mode=safe_mode, compile=compiled
             )
-        except (TypeError, ValueError, OSError, KeyError, NotImplementedError) as exc:
+        except Exception as exc:  # whatever Keras makes of a file that is damaged, or was never a model
+            what = f"the model of {origin}" if origin else "the model"
             raise ModelFormatError(
-                f"Keras cannot load the model: {_first_line(exc)} Give classes and functions of your own as"
+                f"Keras cannot load {what}: {_first_line(exc)} Give classes and functions of your own as"
                 " custom_objects={'name': object}, register them with @keras.saving.register_keras_serializable(), or"
                 " load within keras.saving.custom_object_scope(). A model with Lambda layers holds code and loads only"
                 " with safe_mode=False, if you trust its source."
             ) from exc
+
+
+def require_whole(data: bytes, origin: str) -> None:
+    """Check that a ``.keras`` file is whole, without loading it.
+
+    Raises
+    ------
+    ModelFormatError
+        When it is not, naming where it is from.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError, RuntimeError) as exc:
+        raise ModelFormatError(f"{origin} is no whole model file: {exc}") from exc
+    if damaged is not None:
+        raise ModelFormatError(f"{origin} is damaged: the checksum of its {damaged} does not fit")
 
 
 def to_config(value: Any) -> Any:
@@ -122,7 +150,7 @@ def from_config(config: Any, custom_objects: Mapping[str, Any] | None = None) ->
 
     if not isinstance(config, dict):
         return config
-    kind, content = next(iter(config.items()))
+    ((kind, content),) = config.items()
     if kind == "dict":
         return {name: from_config(item, custom_objects) for name, item in content.items()}
     if kind == "list":
@@ -133,7 +161,11 @@ def from_config(config: Any, custom_objects: Mapping[str, Any] | None = None) ->
         found = from_config({"keras": content["keras"]}, custom_objects)
         found._fn_kwargs.update(content["values"])
         return found
-    return keras.saving.deserialize_keras_object(content, custom_objects=dict(custom_objects or {}))
+    try:
+        # Safe mode is what Keras takes by default; here it must not depend on that.
+        return keras.saving.deserialize_keras_object(content, custom_objects=dict(custom_objects or {}), safe_mode=True)
+    except Exception as exc:  # whatever Keras makes of a configuration that is none
+        raise ModelFormatError(f"Keras cannot make an object of a saved configuration: {_first_line(exc)}") from exc
 
 
 def _function(name: str, custom_objects: Mapping[str, Any]) -> Any:

@@ -316,7 +316,10 @@ class KerasEstimator(HorovodEstimator, Persistable):
         return Job(self._trainer, (spec,))
 
     def _make_model(self, data: bytes, result: TrainResult) -> KerasModel:
+        origin = self._required("store").url_of(result.model_path)
+        codec.require_whole(data, origin)
         model = KerasModel(data, result.inputs, result.outputs, result.history, self._all_custom_objects())
+        model._origin = origin
         model._rows_per_s = result.rows_per_s
         model._data_wait_share = result.data_wait_share
         return model
@@ -357,6 +360,7 @@ class KerasEstimator(HorovodEstimator, Persistable):
             "compiling": {name: codec.to_config(getattr(self, f"_{name}")) for name in _COMPILING},
             # The address alone: storage options may hold secrets.
             "store": store.url if isinstance(store, Store) else None,
+            "store_private": not isinstance(store, Store) or store.private,
             "best_of": None if best_of is None else [best_of.monitor, best_of.mode],
         }
         files = {} if self._model is None else {_FILE: codec.model_to_bytes(self._model)}
@@ -367,7 +371,7 @@ class KerasEstimator(HorovodEstimator, Persistable):
         compiling = {name: codec.from_config(value) for name, value in extra["compiling"].items()}
         return cls(
             **compiling,
-            store=None if extra["store"] is None else Store.create(extra["store"]),
+            store=None if extra["store"] is None else Store.create(extra["store"], private=extra["store_private"]),
             checkpoint_callback=None if extra["best_of"] is None else BestOf(*extra["best_of"]),
             model=codec.model_from_bytes(files[_FILE]) if _FILE in files else None,
         )

@@ -50,11 +50,11 @@ class KerasModel(HorovodModel, Persistable):
         ModelFormatError
             When Keras cannot load it, for instance for want of ``custom_objects``.
         """
-        return codec.model_from_bytes(self._data, self._custom_objects, safe_mode=self._safe_mode)
+        return codec.model_from_bytes(self._data, self._custom_objects, safe_mode=self._safe_mode, origin=self._origin)
 
     def _payload(self) -> bytes:
         objects = {**_registered_objects(), **self._custom_objects}
-        payload: bytes = cloudpickle.dumps((self._data, objects, self._safe_mode))
+        payload: bytes = cloudpickle.dumps((self._data, objects, self._safe_mode, self._origin))
         return payload
 
     def _to_files(self) -> tuple[dict[str, Any], dict[str, bytes]]:

@@ -48,5 +48,6 @@ def load_scorer(payload: bytes) -> _KerasScorer:
         tf.config.threading.set_inter_op_parallelism_threads(1)
     except RuntimeError:
         pass  # TensorFlow is running already in this worker, with the threads it has
-    data, custom_objects, safe_mode = cloudpickle.loads(payload)
-    return _KerasScorer(codec.model_from_bytes(data, custom_objects, safe_mode=safe_mode, compiled=False))
+    data, custom_objects, safe_mode, origin = cloudpickle.loads(payload)
+    model = codec.model_from_bytes(data, custom_objects, safe_mode=safe_mode, compiled=False, origin=origin)
+    return _KerasScorer(model)

@@ -13,13 +13,15 @@ import json
 import logging
 import posixpath
 import re
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from hvdspark.errors import CorruptDatasetError
+from hvdspark.errors import CorruptDatasetError, StoreError
 from hvdspark.runs import run_folder
 from hvdspark.store import Store
 
@@ -29,6 +31,7 @@ Arrays = Mapping[str, "np.ndarray[Any, Any]"]
 
 _MANIFEST, _SHARED = "manifest.json", "shared.npz"
 _FOLDER = re.compile(r"state-(\d{12})")
+_FILE = re.compile(r"shared\.npz|rank-\d{1,9}\.npz")
 _DIGEST_BYTES = 32
 _BFLOAT16 = "bfloat16"
 _VERSION = 1
@@ -125,7 +128,7 @@ class StateFiles:
                     continue
                 for name in manifest["files"]:
                     self._read(self._place(step, name))
-            except (CorruptDatasetError, OSError) as exc:
+            except (CorruptDatasetError, StoreError, OSError) as exc:
                 logger.warning("the checkpoint of step %d is passed over: %s", step, exc)
                 continue
             return step
@@ -162,6 +165,9 @@ class StateFiles:
         manifest: dict[str, Any] | None = self._store.read_json(place)
         if manifest is None or manifest.get("version") != _VERSION:
             raise CorruptDatasetError(f"{self._store.url_of(place)} is missing, damaged, or of another version")
+        files, info = manifest.get("files"), manifest.get("info")
+        if not isinstance(files, list) or not isinstance(info, dict) or not all(map(_is_a_name, files)):
+            raise CorruptDatasetError(f"{self._store.url_of(place)} does not say what is in its folder")
         return manifest
 
     def _write(self, place: str, arrays: Arrays) -> None:
@@ -177,8 +183,15 @@ class StateFiles:
         data, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
         if _digest(data) != digest:
             raise CorruptDatasetError(f"{self._store.url_of(place)} is damaged: its checksum does not fit")
-        with np.load(io.BytesIO(data), allow_pickle=False) as found:
-            return {name: found[name] for name in found.files}
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as found:
+                return {name: found[name] for name in found.files}
+        except (ValueError, TypeError, AttributeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as exc:
+            raise CorruptDatasetError(f"{self._store.url_of(place)} holds no arrays: {exc}") from exc
+
+
+def _is_a_name(value: Any) -> bool:
+    return isinstance(value, str) and _FILE.fullmatch(value) is not None
 
 
 def _own_name(rank: int) -> str:

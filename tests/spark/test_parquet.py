@@ -21,7 +21,15 @@ from hvdspark.data.partitions import Split
 from hvdspark.data.planning import FitDraft
 from hvdspark.data.reader import ShardReader
 from hvdspark.data.shards import plan_shards, reads_of
-from hvdspark.errors import EmptyDatasetError, NullValueError, ParamError, RaggedArrayError, SchemaError, StoreError
+from hvdspark.errors import (
+    CorruptDatasetError,
+    EmptyDatasetError,
+    NullValueError,
+    ParamError,
+    RaggedArrayError,
+    SchemaError,
+    StoreError,
+)
 from hvdspark.plan import BatchSpec, ColumnSpec, FitPlan, RowGroup, StoreRef, TensorSpec
 
 EPOCH = datetime.datetime(1970, 1, 1)
@@ -146,6 +154,23 @@ def test_a_dataset_that_a_fit_wrote_is_taken_with_its_split(spark: SparkSession,
     values = read(Store.from_ref(plan.data), plan.columns, plan.val.groups)
     np.testing.assert_array_equal(values["a"][:, 0], values["id"][:, 0])
     assert sorted(values["id"][:, 0]) == list(range(1, 100, 2))
+
+
+def test_a_dataset_that_lost_a_file_is_refused_by_its_name(spark: SparkSession, store: Store) -> None:
+    folder, manifest = materialize(spark.range(10, numPartitions=1), [ID], Split(), store)
+    file = Path(store.path(folder, manifest.splits["train"][0].path))
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CorruptDatasetError, match=rf"{file} has \d+ bytes, but \d+ were written"):
+        ParquetSource(spark, store.url_of(folder), None)
+    file.unlink()
+    with pytest.raises(CorruptDatasetError, match=rf"{file} is missing"):
+        ParquetSource(spark, store.url_of(folder), None)
+
+
+def test_a_file_that_is_no_parquet_is_refused_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(CorruptDatasetError, match=str(tmp_path / "a.parquet")):
+        survey(str(tmp_path), [ID])
 
 
 def test_what_cannot_be_trained_on_is_refused_with_what_to_do(spark: SparkSession, tmp_path: Path) -> None:

@@ -333,8 +333,7 @@ def test_metadata_that_lacks_something_is_refused(saved: Path, change: Callable[
 
 def test_a_parameter_in_the_metadata_is_checked_like_any_other(saved: Path) -> None:
     change_metadata(saved, lambda values: values["paramMap"].update(transform_batch_size=0))
-    # PySpark makes a plain ValueError of the ParamError.
-    with pytest.raises(ValueError, match=r"transform_batch_size=0: give an integer of at least 1"):
+    with pytest.raises(ModelFormatError, match=r"transform_batch_size=0: give an integer of at least 1"):
         KerasModel.load(str(saved))
 
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import json
+import os
+import pickle
 import random
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +22,7 @@ from hypothesis.extra import numpy as hnp
 
 from hvdspark import Store
 from hvdspark.errors import CorruptDatasetError
-from hvdspark.worker.state import StateFiles, pack, unpack
+from hvdspark.worker.state import StateFiles, _digest, pack, unpack
 
 
 @pytest.fixture
@@ -180,3 +186,66 @@ def test_a_state_that_is_spared_stays_and_one_that_does_not_fit_is_passed_over(s
     assert files.latest(lambda step, info: info["note"] == 13) is None
     files.clear(but=9)
     assert files.latest() == 9
+
+
+def rewrite(store: Store, step: int, name: str, data: bytes) -> None:
+    """Put something in a file's place, as who can write there would: with a checksum that fits."""
+    place(store, step, name).write_bytes(data if name.endswith(".json") else data + _digest(data))
+
+
+def a_pickle(mark: Path) -> bytes:
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch '{mark}'",)
+
+    return pickle.dumps(Bomb())
+
+
+def arrays_of_objects(mark: Path) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, own=np.array([0]))
+    member = io.BytesIO()
+    np.lib.format.write_array_header_1_0(member, {"descr": "|O", "fortran_order": False, "shape": (1,)})
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("own.npy", member.getvalue() + a_pickle(mark))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "shared.npz", "rank-0.npz", "rank-1.npz"])
+@pytest.mark.parametrize("make", [a_pickle, arrays_of_objects, lambda _: b"", lambda _: b"[]", lambda _: b"PK\x05\x06"])
+def test_nothing_that_was_planted_runs_or_counts(
+    store: Store, tmp_path: Path, name: str, make: Callable[[Path], bytes]
+) -> None:
+    keep(store, 3)
+    keep(store, 6)
+    rewrite(store, 6, name, make(tmp_path / "mark"))
+    files = StateFiles(store, "run", 1, 2)
+    with pytest.raises(CorruptDatasetError, match=r"state-000000000006/"):
+        StateFiles(store, "run", 0 if name == "rank-0.npz" else 1, 2).load(6)
+    assert files.latest() == 3
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": ["../../../../outside.npz"]},
+        {"files": ["/etc/passwd"]},
+        {"files": ["shared.npz", "rank-0.npz/../../x"]},
+        {"files": "shared.npz"},
+        {"files": [1]},
+        {"files": None},
+        {"info": []},
+        {"version": 99},
+    ],
+    ids=str,
+)
+def test_a_manifest_names_files_of_its_own_folder_only(store: Store, change: dict[str, Any]) -> None:
+    keep(store, 3)
+    keep(store, 6)
+    manifest = json.loads(place(store, 6, "manifest.json").read_text())
+    rewrite(store, 6, "manifest.json", json.dumps({**manifest, **change}).encode())
+    files = StateFiles(store, "run", 0, 2)
+    with pytest.raises(CorruptDatasetError, match=r"manifest\.json"):
+        files.load(6)
+    assert files.latest() == 3
