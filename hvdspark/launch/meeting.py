@@ -185,6 +185,7 @@ def _receive_all(address: str, count: int, text: str, deadline: float) -> list[s
             listener.settimeout(_left(deadline))
             connection = stack.enter_context(listener.accept()[0])
             if not is_own(connection):
+                connection.close()
                 continue
             connection.settimeout(_left(deadline))
             stream = stack.enter_context(connection.makefile("rw", encoding="utf-8"))
