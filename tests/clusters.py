@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import cloudpickle
@@ -26,9 +26,9 @@ def _environment() -> None:
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 
 
-def new_session(master: str) -> SparkSession:
+def new_session(master: str, settings: Mapping[str, str] | None = None) -> SparkSession:
     """Make a session on a cluster of this machine."""
-    return (
+    builder = (
         SparkSession.builder.master(master)
         .appName("hvdspark-e2e")
         .config("spark.ui.enabled", "false")
@@ -36,17 +36,26 @@ def new_session(master: str) -> SparkSession:
         .config("spark.sql.shuffle.partitions", "4")
         .config("spark.driver.host", "127.0.0.1")
         .config("spark.driver.bindAddress", "127.0.0.1")
-        .getOrCreate()
     )
+    return builder.config(map=dict(settings or {})).getOrCreate()
 
 
 @pytest.fixture(scope="module")
-def spark(request: pytest.FixtureRequest, _environment: None) -> Iterator[SparkSession]:
-    """A cluster of two executors with a slot each; a module that wants another says so with ``MASTER``."""
-    session = new_session(getattr(request.module, "MASTER", TWO_EXECUTORS))
+def spark(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, _environment: None
+) -> Iterator[SparkSession]:
+    """A cluster of two executors with a slot each; a module that wants another says so with ``MASTER``.
+
+    Settings of its own it gives with ``spark_conf``, a function of a folder for files that they name.
+    """
+    own = getattr(request.module, "spark_conf", lambda _folder: {})(tmp_path_factory.mktemp("spark"))
+    session = new_session(getattr(request.module, "MASTER", TWO_EXECUTORS), own)
     session.sparkContext.setLogLevel("OFF")
     yield session
+    jvm = session.sparkContext._jvm
     session.stop()
+    for name in own:  # the settings of the first session become properties of the JVM, which serves the next ones too
+        jvm.System.clearProperty(name)
     # The warm pool lives as long as the executors, and no longer.
     _, alive = psutil.wait_procs(warm_parents(), timeout=10)
     assert alive == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,11 +27,12 @@ from hvdspark.estimators.keras.spec import KerasSpec
 from hvdspark.estimators.keras.states import Place, States
 
 from hvdspark.data.shardcache import CacheRoom
+from hvdspark.launch import gpus
 from hvdspark.plan import FitPlan, ModelTensor, ShardPlan, TrainResult
 from hvdspark.store import Store
 from hvdspark.worker import pulse
 from hvdspark.worker.checkpoint import Checkpoints
-from hvdspark.worker.session import Session, horovod_session
+from hvdspark.worker.session import Session, context_from_environment, horovod_session
 
 logger = logging.getLogger(__name__)
 
@@ -58,15 +60,17 @@ def train(plan: FitPlan, spec: KerasSpec) -> TrainResult | None:
 
 def _choose_devices(use_gpu: bool) -> None:
     """Give the rank the one GPU that is its own, or none; must come before anything else touches TensorFlow."""
-    gpus = tf.config.list_physical_devices("GPU") if use_gpu else []
-    if gpus:
-        from hvdspark.worker.session import context_from_environment
-
-        own = gpus[context_from_environment().local_rank % len(gpus)]
-        tf.config.set_visible_devices(own, "GPU")
+    visible = tf.config.list_physical_devices("GPU") if use_gpu else []
+    own = visible[gpus.position(len(visible), context_from_environment(), os.environ)] if visible else None
+    tf.config.set_visible_devices([] if own is None else own, "GPU")
+    if own is not None:
         tf.config.experimental.set_memory_growth(own, True)
-    else:
-        tf.config.set_visible_devices([], "GPU")
+    elif use_gpu and gpus.OWN in os.environ:
+        logger.warning(
+            "training on the CPU: Spark gave this rank a GPU, but TensorFlow %s sees none; it needs NVIDIA's driver and"
+            " the package tensorflow[and-cuda]",
+            tf.__version__,
+        )
 
 
 class _Training:

@@ -31,7 +31,7 @@ from hvdspark.errors import (
     StageLostError,
     closest,
 )
-from hvdspark.launch import control, devices, fabric, pool, topology
+from hvdspark.launch import control, devices, fabric, gpus, pool, topology
 from hvdspark.launch.alarm import Alarm, AlarmServer
 from hvdspark.launch.answers import LEAST_STALL_S
 from hvdspark.launch.child import Child, Patience
@@ -166,7 +166,8 @@ def run_barrier(
     broadcast = context.broadcast(payload)
     driver_host = context.getConf().get("spark.driver.host", topology.LOOPBACK)
     nonce, token = secrets.token_hex(16), secrets.token_hex(16)
-    stage = _Stage(broadcast, options, driver_host, nonce, token, None if fed is None else fed.feed)
+    gpus_per_task = float(context.getConf().get(gpus.AMOUNT, "1"))
+    stage = _Stage(broadcast, options, driver_host, nonce, token, None if fed is None else fed.feed, gpus_per_task)
     frame = spark.range(num_proc, numPartitions=num_proc) if fed is None else fed.frame
     try:
         rows = _run_stage(frame, stage.task, f"hvdspark: {num_proc} ranks")
@@ -229,6 +230,7 @@ class _Stage:
     nonce: str
     token: str = field(repr=False)
     feed: RowFeed | None
+    gpus_per_task: float
 
     def task(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Be one task: run a rank, and answer with its result or its failure."""
@@ -259,6 +261,7 @@ class _Stage:
                     has_mpi=options.controller == "auto" and control.has_mpi(),
                     has_rdma=options.controller == "auto" and fabric.has_rdma(),
                     rows=None if rows is None else rows.report,
+                    gpus=gpus.addresses_of(barrier.resources()),
                 )
             except (HvdSparkError, OSError) as exc:
                 offer = Offer(error=str(exc))
@@ -270,12 +273,16 @@ class _Stage:
                 alarm = stack.enter_context(Alarm(agreed.alarm, self.token, context.rank))
                 interface = devices.interface_of(topology.meeting_address(agreed.peers, own))
                 network = self._network(agreed, interface, context)
+                given = [offer.gpus for offer in offers]
+                ranks = topology.assign_ranks(agreed.peers)
+                own_gpus = gpus.gpu_environment(ranks, given, own, options.env, self.gpus_per_task)
                 plan = b"" if rows is None else _planned(rows, agreed.peers, offers)
             except (RendezvousError, DataError, SchemaError, OSError) as exc:
                 return context.rank, Outcome(failure=Failure.before(exc, context))
             scratch = stack.enter_context(_scratch(options))
             environment = {
                 **network,
+                **own_gpus,
                 **_settings(context, options),
                 "TMPDIR": scratch,
                 STACKS: f"{scratch}/stacks",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -135,6 +135,12 @@ def describe(settings: dict[str, str], *, on_one_host: bool) -> str:
     if "NCCL_IB_HCA" in settings:
         return f"RDMA over {settings['NCCL_IB_HCA'].removeprefix('=')}"
     return f"TCP over {settings['FI_TCP_IFACE']}"
+
+
+def settings_in(environment: Mapping[str, str]) -> str:
+    """List what NCCL and UCX are told by these variables, whoever set them."""
+    names = sorted(name for name in environment if name.startswith(("NCCL_", "UCX_", "FI_")))
+    return " ".join(f"{name}={environment[name]}" for name in names)
 
 
 def has_peer_memory(root: Path = _SYS) -> bool:

@@ -41,6 +41,8 @@ class Offer:
         What it found on its host, where ``controller="auto"`` wants to know.
     rows
         What it found of the rows that came with it, see :class:`~hvdspark.data.feed.TakenRows`.
+    gpus
+        The GPUs that Spark gave it.
     error
         What is wrong; then there is nothing else.
     """
@@ -50,6 +52,7 @@ class Offer:
     has_mpi: bool = False
     has_rdma: bool = False
     rows: str | None = None
+    gpus: Sequence[str] = ()
     error: str | None = None
 
 

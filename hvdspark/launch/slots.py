@@ -40,7 +40,7 @@ def check_slots(spark: SparkSession, num_proc: int, timeout_s: float) -> None:
     if available < num_proc:
         raise NotEnoughSlotsError(
             f"needs {num_proc} slots, the cluster can run {available} at once. Lower num_proc, or give the job"
-            " more executors or cores (spark.executor.instances, spark.executor.cores, spark.task.cpus).",
+            f" {_remedy(spark)}.",
             needed=num_proc,
             available=available,
         )
@@ -56,6 +56,19 @@ def await_slots(spark: SparkSession, wanted: int, timeout_s: float) -> int:
             announced = True
         time.sleep(_POLL_S)
     return available
+
+
+def _remedy(spark: SparkSession) -> str:
+    """Say what the job needs more of."""
+    scala_context: Any = spark.sparkContext._jsc.sc()
+    profile = scala_context.resourceProfileManager().defaultResourceProfile()
+    limit = str(profile.limitingResource(scala_context.conf()))
+    if limit in ("", "cpus"):
+        return "more executors or cores (spark.executor.instances, spark.executor.cores, spark.task.cpus)"
+    settings = [f"spark.{who}.resource.{limit}.amount" for who in ("task", "executor")]
+    found = ", ".join(f"{name}={spark.sparkContext.getConf().get(name)}" for name in settings)
+    device = "GPUs" if limit == "gpu" else f"resources of the kind '{limit}'"
+    return f"more executors or {device}, which are what runs out ({found})"
 
 
 def count_slots(spark: SparkSession) -> int:

@@ -24,8 +24,8 @@ from typing import Any, BinaryIO, NoReturn
 
 import cloudpickle
 
+from hvdspark.launch import fabric, gpus
 from hvdspark.launch.answers import DONE, FAILED, READY
-from hvdspark.launch.fabric import NETWORK
 from hvdspark.launch.guard import STACKS, STACKS_SIGNAL
 from hvdspark.launch.process import BLOCK
 from hvdspark.worker import pmi
@@ -73,8 +73,9 @@ def serve(answers: int) -> NoReturn:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # A warm parent may have looked for the place of temporary files already.
     tempfile.tempdir = None
-    if NETWORK in os.environ:
-        logger.info(os.environ.pop(NETWORK))
+    if fabric.NETWORK in os.environ:
+        network, settings = os.environ.pop(fabric.NETWORK), fabric.settings_in(os.environ)
+        logger.info("%s, %s; %s", network, gpus.describe(os.environ), settings)
     if STACKS in os.environ:
         # By a signal, because a process that stands still may not run any Python. Java blocks this one in all that it
         # starts.

@@ -14,6 +14,7 @@ from hvdspark.launch.fabric import (
     fabric_environment,
     has_peer_memory,
     rdma_ports,
+    settings_in,
 )
 
 # As `ls` and `cat` show them on hosts with these devices: path below /sys to content.
@@ -137,3 +138,10 @@ def test_rdma_that_is_insisted_on_and_missing_is_an_error(
 ) -> None:
     with pytest.raises(RendezvousError, match=f"rdma=True, but gpu-7 has no RDMA port that is up.*{found}"):
         fabric_environment("ens1", ports, True, nics, host="gpu-7")
+
+
+def test_the_log_names_what_nccl_and_ucx_are_really_told() -> None:
+    environment = {**fabric_environment("ens1", []), "NCCL_IB_DISABLE": "0", "HOME": "/root"}
+    assert settings_in(environment) == (
+        "FI_TCP_IFACE=ens1 NCCL_IB_DISABLE=0 NCCL_SOCKET_IFNAME==ens1 UCX_NET_DEVICES=ens1"
+    )

@@ -1,0 +1,36 @@
+"""Executors of one host that find the same GPU, as with a discovery script that lists all that the host has."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from pyspark.sql import SparkSession
+
+import hvdspark
+from hvdspark.errors import RendezvousError
+
+DISCOVERY = """#!/bin/sh
+echo '{"name": "gpu", "addresses": ["0"]}'
+"""
+
+
+def spark_conf(folder: Path) -> dict[str, str]:
+    script = folder / "gpus"
+    script.write_text(DISCOVERY)
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    return {
+        "spark.worker.resource.gpu.amount": "1",
+        "spark.worker.resource.gpu.discoveryScript": str(script),
+        "spark.executor.resource.gpu.amount": "1",
+        "spark.task.resource.gpu.amount": "1",
+    }
+
+
+def test_two_ranks_that_would_share_a_gpu_are_refused_by_name(spark: SparkSession) -> None:
+    with pytest.raises(RendezvousError, match=r"ranks 0 and 1 on .* the GPU 0, although .*amount=1 .* none is shared"):
+        hvdspark.run(lambda: None, num_proc=2)
+    chosen = {"CUDA_VISIBLE_DEVICES": "0"}
+    assert hvdspark.run(lambda: os.environ["CUDA_VISIBLE_DEVICES"], num_proc=2, env=chosen) == ["0", "0"]
