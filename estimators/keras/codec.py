@@ -6,6 +6,7 @@ loads in safe mode, or JSON.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import io
 import tempfile
@@ -82,9 +83,10 @@ def model_from_bytes(
         path = Path(folder) / f"model{SUFFIX}"
         path.write_bytes(data)
         try:
-            return keras.saving.load_model(
-                path, custom_objects=dict(custom_objects or {}), safe_mode=safe_mode, compile=compiled
-            )
+            with _loss_scaled_as_in(path):
+                return keras.saving.load_model(
+                    path, custom_objects=dict(custom_objects or {}), safe_mode=safe_mode, compile=compiled
+                )
         except Exception as exc:  # whatever Keras makes of a file that is damaged, or was never a model
             what = f"the model of {origin}" if origin else "the model"
             raise ModelFormatError(
@@ -110,6 +112,29 @@ def require_whole(data: bytes, origin: str) -> None:
         raise ModelFormatError(f"{origin} is no whole model file: {exc}") from exc
     if damaged is not None:
         raise ModelFormatError(f"{origin} is damaged: the checksum of its {damaged} does not fit")
+
+
+@contextlib.contextmanager
+def _loss_scaled_as_in(path: Path) -> Iterator[None]:
+    """Take over the policy of a ``mixed_float16`` model for the time of a block.
+
+    Keras scales the loss of models that are made under that policy. A file says it of the layers, and of a functional
+    model not: loaded under another one, it would be trained without the scale, and small gradients would be lost.
+    """
+    import keras
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            text = archive.read("config.json").decode()
+    except (zipfile.BadZipFile, KeyError, UnicodeDecodeError):
+        text = ""  # what is wrong with it Keras says better
+    before = keras.config.dtype_policy()
+    if '"name": "mixed_float16"' in text:
+        keras.config.set_dtype_policy("mixed_float16")
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
 
 
 def to_config(value: Any) -> Any:

@@ -333,3 +333,25 @@ def test_a_model_checkpoint_that_saves_all_keeps_the_last() -> None:
 def test_another_checkpoint_callback_is_refused() -> None:
     with pytest.raises(ParamError, match=r"checkpoint_callback is a EarlyStopping; give .*BestOf"):
         KerasEstimator(checkpoint_callback=keras.callbacks.EarlyStopping())._best_of()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("functional", [False, True])
+def test_a_model_of_half_precision_still_scales_its_loss_when_it_is_loaded(functional: bool) -> None:
+    """Keras goes by the process's policy there, which in a rank and in a later session is another one."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        layers = [keras.Input((3,)), keras.layers.Dense(2), keras.layers.Dense(1, dtype="float32")]
+        model = keras.Sequential(layers)
+        if functional:
+            model = keras.Model(layers[0], layers[2](layers[1](layers[0])))
+        model.compile("adam", loss="mse", jit_compile=False)
+        model.fit(np.ones((8, 3)), np.ones(8), verbose=0)
+    finally:
+        keras.config.set_dtype_policy(before)
+    loaded = codec.model_from_bytes(codec.model_to_bytes(model))
+    assert isinstance(loaded.optimizer, keras.optimizers.LossScaleOptimizer)
+    assert len(loaded.optimizer.variables) == len(model.optimizer.variables)
+    for mine, theirs in zip(loaded.optimizer.variables, model.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    assert keras.config.dtype_policy().name == before.name
