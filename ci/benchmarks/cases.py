@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from build_horovod import Cache
+from build_cache import Cache
 
 from benchmarks.comparison import Comparison, Row, SkippedError
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from build_horovod import Cache
+from build_cache import Cache
 
 from benchmarks import data, predecessor, program
 from benchmarks.comparison import Comparison

@@ -10,8 +10,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from build_horovod import Cache, ingredients_for, obtain_wheel, run_quietly, say
-from horovod_recipe import Environment
+from build_cache import Cache, run_quietly, say
+from build_horovod import obtain_wheel
+from horovod_recipe import Environment, Ingredients
 
 CI = Path(__file__).resolve().parents[1]
 LOCK = CI / "horovod-spark.lock"
@@ -35,7 +36,7 @@ def obtain_python(cache: Cache) -> Path:
             say("making the environment of horovod.spark")
             run_quietly([str(CI / "uv"), "venv", "--quiet", "--clear", "--python", sys.executable, str(venv)])
             _install(python, "--requirements", str(LOCK))
-        key = ingredients_for(Environment.inspect(venv)).key()
+        key = Ingredients.gather(Environment.inspect(venv)).key()
         if not complete.exists() or complete.read_text() != key:
             _install(python, str(obtain_wheel(venv, cache)))
             complete.write_text(key)

@@ -11,11 +11,12 @@ import threading
 import zipfile
 from pathlib import Path
 
+import build_cache
 import build_horovod
 import horovod_recipe
 import pytest
-from build_horovod import BuildTools, Cache
-from horovod_recipe import CHANGES, BuildError, Change, Environment, Ingredients
+from build_cache import BuildTools, Cache, CudaToolkit
+from horovod_recipe import CHANGES, GPU_CHANGES, BuildError, Change, Environment, Ingredients, changes_for
 from packaging.version import Version
 
 INGREDIENTS = Ingredients(
@@ -50,7 +51,7 @@ def sdist() -> Path:
 def wheel() -> Path:
     """The wheel of this environment."""
     environment = Environment.inspect(Path(sys.prefix))
-    wheel = Cache.default().wheel(build_horovod.ingredients_for(environment).key())
+    wheel = Cache.default().wheel(Ingredients.gather(environment).key())
     assert wheel, "no wheel in the cache belongs to this environment; run ci/setup"
     return wheel
 
@@ -61,7 +62,7 @@ def unusable_tools(tmp_path: Path) -> BuildTools:
     return BuildTools(tmp_path / "no-tools")
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: Path(change.file).name)
+@pytest.mark.parametrize("change", [*CHANGES, *GPU_CHANGES], ids=lambda change: change.file)
 def test_each_change_applies_to_the_pristine_source(change: Change, sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         member = archive.extractfile(f"horovod-{horovod_recipe.VERSION}/{change.file}")
@@ -74,10 +75,11 @@ def test_each_change_applies_to_the_pristine_source(change: Change, sdist: Path)
     assert mended.replace(change.new, change.old, 1) == pristine if change.new else len(mended) < len(pristine)
 
 
-def test_the_unpacked_source_holds_every_change(sdist: Path, tmp_path: Path) -> None:
-    source = build_horovod.unpack(sdist, tmp_path)
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_unpacked_source_holds_every_change(sdist: Path, tmp_path: Path, gpu: bool) -> None:
+    source = build_horovod.unpack(sdist, tmp_path, changes_for(gpu=gpu))
 
-    for change in CHANGES:
+    for change in changes_for(gpu=gpu):
         text = (source / change.file).read_text()
         assert change.new in text
         with pytest.raises(BuildError, match="found it 0 times"):
@@ -177,7 +179,7 @@ def test_a_second_build_waits_for_the_first(tmp_path: Path, monkeypatch: pytest.
     cache = Cache(tmp_path)
     order: list[str] = []
     told_to_wait = threading.Event()
-    monkeypatch.setattr(build_horovod, "say", lambda message: told_to_wait.set())
+    monkeypatch.setattr(build_cache, "say", lambda message: told_to_wait.set())
 
     def second() -> None:
         with cache.locked("wheel"):
@@ -191,3 +193,57 @@ def test_a_second_build_waits_for_the_first(tmp_path: Path, monkeypatch: pytest.
     thread.join()
 
     assert order == ["first", "second"]
+
+
+ENVIRONMENT = Environment("/env/bin/python", "tensorflow 2.21.0", "5.0.2", "cpython-311", "/env/lib", nccl="2.32.3")
+
+
+def test_a_wheel_without_nccl_does_not_depend_on_the_nccl_that_is_there() -> None:
+    assert Ingredients.gather(ENVIRONMENT) == Ingredients.gather(dataclasses.replace(ENVIRONMENT, nccl=""))
+
+
+def test_a_wheel_with_nccl_is_made_of_more_and_says_so() -> None:
+    without, with_nccl = Ingredients.gather(ENVIRONMENT), Ingredients.gather(ENVIRONMENT, "13.0.88")
+
+    assert without.flags.items() < with_nccl.flags.items()
+    assert with_nccl.flags["HOROVOD_GPU_OPERATIONS"] == "NCCL"
+    assert set(without.changes) < set(with_nccl.changes)
+    assert set(with_nccl.runpath) - set(without.runpath) == {"$ORIGIN/../../nvidia/nccl/lib"}
+    assert (with_nccl.nccl, with_nccl.cuda) == ("2.32.3", "13.0.88")
+    assert ".nccl." in with_nccl.local_version()
+    assert ".nccl." not in without.local_version()
+
+
+def test_an_environment_without_gpus_is_no_base_for_a_wheel_with_nccl() -> None:
+    with pytest.raises(BuildError, match=r"tensorflow-cpu .* NCCL not at all: .* tensorflow\[and-cuda\]"):
+        Environment.inspect(Path(sys.prefix), gpu=True)
+
+
+def test_the_build_is_led_to_the_compiler_of_its_toolkit_and_to_nccl(tmp_path: Path) -> None:
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.9, V12.9.86'\n")
+    nvcc.chmod(0o755)
+    nccl = tmp_path / "packages" / "nvidia" / "nccl" / "lib" / "libnccl.so.2"
+    nccl.parent.mkdir(parents=True)
+    nccl.touch()
+    toolkit = CudaToolkit.at(tmp_path / "cuda")
+    environment = dataclasses.replace(ENVIRONMENT, site_packages=str(tmp_path / "packages"))
+
+    variables = toolkit.variables(environment, tmp_path / "link")
+
+    assert toolkit.version == "12.9.86"
+    assert variables["CUDACXX"] == str(nvcc)
+    assert Path(variables["HOROVOD_NCCL_LIB"], "libnccl.so").samefile(nccl)
+
+
+@pytest.mark.parametrize("script", [None, "#!/bin/sh\necho something else\n", "#!/bin/sh\nexit 1\n"])
+def test_a_folder_without_a_compiler_is_refused_by_name(tmp_path: Path, script: str | None) -> None:
+    nvcc = tmp_path / "bin" / "nvcc"
+    if script is not None:
+        nvcc.parent.mkdir()
+        nvcc.write_text(script)
+        nvcc.chmod(0o755)
+
+    with pytest.raises(BuildError, match=str(nvcc)):
+        CudaToolkit.at(tmp_path)
