@@ -249,6 +249,10 @@ class _Stage:
         with Child(_recipe(context, options), warm=options.warm_pool) as child, contextlib.ExitStack() as stack:
             servers, rows = {}, None
             try:
+                # Looked for only where it decides: finding a library can take a process of its own.
+                hindrance = None if options.controller == "gloo" else control.mpi_hindrance()
+                if hindrance is not None and options.controller == "mpi":
+                    raise RendezvousError(f"controller='mpi' cannot be on {context.host}: {hindrance}, or use 'gloo'")
                 rows = self._take(batches, stack)
                 address = devices.own_address(peers[own].host, self.driver_host, options.nics)
                 peers[own] = dataclasses.replace(peers[own], address=address)
@@ -257,8 +261,7 @@ class _Stage:
                 offer = Offer(
                     address=address,
                     servers={name: server.address for name, server in servers.items()},
-                    # Looked for only where they decide: finding a library can take a process of its own.
-                    has_mpi=options.controller == "auto" and control.has_mpi(),
+                    has_mpi=hindrance is None,
                     has_rdma=options.controller == "auto" and fabric.has_rdma(),
                     rows=None if rows is None else rows.report,
                     gpus=gpus.addresses_of(barrier.resources()),

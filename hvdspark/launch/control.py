@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes.util
+import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 from hvdspark.launch import topology
 from hvdspark.launch.gloo import RendezvousServer, gloo_environment
 from hvdspark.launch.mpi import ProcessManager, mpi_environment
+
+MPICH, OPEN_MPI = "libmpi.so.12", "libmpi.so.40"
 
 PLANES = ("gloo", "mpi")
 CONTROLLERS = (*PLANES, "auto")
@@ -86,7 +89,33 @@ def choose(controller: str, *, hosts: int, all_have_mpi: bool, all_have_rdma: bo
     return "mpi", "all hosts have RDMA devices, which Gloo cannot use"
 
 
-def has_mpi() -> bool:
-    """Whether an MPI library of MPICH's family is where Horovod looks for it."""
-    in_environment = Path(sys.prefix, "lib", "libmpi.so.12").exists()
-    return in_environment or ctypes.util.find_library("mpich") is not None
+def mpi_hindrance() -> str | None:
+    """Say why ranks of this host cannot meet by MPI, if so.
+
+    The tasks are the ranks' process manager and speak PMI-1, as MPICH and its relatives do. Open MPI does not: each of
+    its ranks would come up as a job of one.
+    """
+    libraries = _compiled_against()
+    if libraries and MPICH not in libraries:
+        found = "for Open MPI (libmpi.so.40)" if OPEN_MPI in libraries else "without MPICH"
+        return (
+            f"Horovod was compiled {found}, and MPI ranks are started as those of MPICH ({MPICH}); install the wheel of"
+            " Horovod that ci/wheels makes, which comes with the package mpich"
+        )
+    if not Path(sys.prefix, "lib", MPICH).exists() and ctypes.util.find_library("mpich") is None:
+        where = f"{sys.prefix}/lib or among the system's libraries"
+        return f"there is no MPICH ({MPICH}) in {where}; install the package mpich"
+    return None
+
+
+def _compiled_against() -> set[str]:
+    """Return which MPI libraries Horovod's own need; empty where there is no Horovod. Imports nothing."""
+    spec = importlib.util.find_spec("horovod")
+    folders = (spec.submodule_search_locations or []) if spec is not None else []
+    found = set()
+    for library in (path for folder in folders for path in Path(folder).glob("*/mpi_lib*.so")):
+        content = library.read_bytes()
+        # Their names are in a list of their own, each with a zero at its end.
+        needed = {name for name in (MPICH, OPEN_MPI) if f"\0{name}\0".encode() in content}
+        found |= needed or {"none"}
+    return found

@@ -7,11 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from hvdspark.launch import control
 from hvdspark.launch.control import choose
 from hvdspark.launch.mpi import ProcessManager, mpi_environment, process_mapping
 
@@ -228,3 +229,56 @@ def test_mpi_is_chosen_where_it_can_do_what_gloo_cannot(
     plane, reason = choose(controller, hosts=hosts, all_have_mpi=has_mpi, all_have_rdma=has_rdma)
     assert plane == expected
     assert reason
+
+
+@pytest.fixture
+def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function that puts a Horovod first whose library was linked to libraries of these names."""
+
+    def build(*needed: str) -> None:
+        package = tmp_path / "packages" / "horovod"
+        (package / "tensorflow").mkdir(parents=True)
+        (package / "__init__.py").touch()
+        source = tmp_path / "empty.c"
+        source.write_text("int nothing;")
+        for name in needed:
+            shared = ["cc", "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", str(tmp_path / name), str(source)]
+            subprocess.run(shared, check=True)
+        library = package / "tensorflow" / "mpi_lib.cpython-311-x86_64-linux-gnu.so"
+        paths = [str(tmp_path / name) for name in needed]
+        command = ["cc", "-shared", "-fPIC", "-Wl,--no-as-needed", "-o", str(library), str(source), *paths]
+        subprocess.run(command, check=True)
+        monkeypatch.syspath_prepend(str(tmp_path / "packages"))
+        monkeypatch.delitem(sys.modules, "horovod", raising=False)
+
+    return build
+
+
+def test_this_environment_can_run_mpi() -> None:
+    assert control.mpi_hindrance() is None
+
+
+@pytest.mark.parametrize(
+    ("needed", "text"), [(["libmpi.so.40"], "for Open MPI"), (["libmpi.so.1"], "without MPICH"), ([], "without MPICH")]
+)
+def test_a_horovod_for_another_mpi_is_named_with_what_to_install(
+    compiled: Callable[..., None], needed: list[str], text: str
+) -> None:
+    compiled(*needed)
+    hindrance = control.mpi_hindrance()
+    assert hindrance is not None
+    assert f"Horovod was compiled {text}" in hindrance
+    assert "package mpich" in hindrance
+
+
+def test_a_horovod_for_mpich_is_none(compiled: Callable[..., None]) -> None:
+    compiled("libmpi.so.12")
+    assert control.mpi_hindrance() is None
+
+
+def test_a_host_without_mpich_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(control.ctypes.util, "find_library", lambda _name: None)
+    hindrance = control.mpi_hindrance()
+    assert hindrance is not None
+    assert f"there is no MPICH (libmpi.so.12) in {tmp_path}/lib" in hindrance
