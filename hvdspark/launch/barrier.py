@@ -245,6 +245,7 @@ class _Stage:
     def _run(self, barrier: BarrierTaskContext, batches: Iterable[pa.RecordBatch]) -> tuple[int, Outcome]:
         """Start this task's rank, take its rows and meet the other tasks meanwhile, then run it to its end."""
         options, own, peers = self.options, barrier.partitionId(), _peers(barrier)
+        # By Spark's names: who is on one machine is known when the tasks have met.
         context = topology.assign_ranks(peers)[own]
         with Child(_recipe(context, options), warm=options.warm_pool) as child, contextlib.ExitStack() as stack:
             servers, rows = {}, None
@@ -260,6 +261,7 @@ class _Stage:
                     servers = self._open_servers(peers, own, stack)
                 offer = Offer(
                     address=address,
+                    machine=devices.machine(),
                     servers={name: server.address for name, server in servers.items()},
                     has_mpi=hindrance is None,
                     has_rdma=options.controller == "auto" and fabric.has_rdma(),
@@ -271,8 +273,8 @@ class _Stage:
             try:
                 offers = exchange(barrier, offer, self.nonce, self._patience_s)
                 agreed = agree(peers, offers, options.controller)
-                for server in servers.values():
-                    server.admit(topology.meeting_address(agreed.peers, peer.partition) for peer in peers)
+                context = topology.assign_ranks(agreed.peers)[own]
+                control.admit(servers.values(), agreed.peers)
                 alarm = stack.enter_context(Alarm(agreed.alarm, self.token, context.rank))
                 interface = devices.interface_of(topology.meeting_address(agreed.peers, own))
                 network = self._network(agreed, interface, context)

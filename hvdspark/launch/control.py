@@ -6,11 +6,12 @@ import contextlib
 import ctypes.util
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from hvdspark.launch import topology
 from hvdspark.launch.gloo import RendezvousServer, gloo_environment
+from hvdspark.launch.lines import LineServer
 from hvdspark.launch.mpi import ProcessManager, mpi_environment
 
 MPICH, OPEN_MPI = "libmpi.so.12", "libmpi.so.40"
@@ -44,15 +45,32 @@ def open_servers(
         By control plane.
     """
     address = topology.meeting_address(peers, own)
-    ranks = topology.assign_ranks(peers)
-    hosts = list(dict.fromkeys(peer.host for peer in peers))
-    places = [hosts.index(context.host) for context in sorted(ranks.values(), key=lambda context: context.rank)]
     found: dict[str, Server] = {}
     if controller in ("gloo", "auto"):
         found["gloo"] = stack.enter_context(RendezvousServer(address, (), len(peers), token))
     if controller in ("mpi", "auto"):
-        found["mpi"] = stack.enter_context(ProcessManager(address, (), places, token))
+        found["mpi"] = stack.enter_context(ProcessManager(address, (), [0] * len(peers), token))
     return found
+
+
+def admit(servers: Iterable[LineServer | RendezvousServer], peers: Sequence[topology.Peer]) -> None:
+    """Let the tasks in, now that they have met and it is known where they are.
+
+    Parameters
+    ----------
+    servers
+        What is open beside the first rank.
+    peers
+        All tasks, with their addresses and machines.
+    """
+    # A server that was opened before it was known that all are on one machine listens on its address.
+    hosts = {peer.address for peer in peers} | {topology.meeting_address(peers, peer.partition) for peer in peers}
+    ranks = sorted(topology.assign_ranks(peers).values(), key=lambda context: context.rank)
+    names = list(dict.fromkeys(context.host for context in ranks))
+    for server in servers:
+        if isinstance(server, ProcessManager):
+            server.place([names.index(context.host) for context in ranks])
+        server.admit(hosts)
 
 
 def environment_of(plane: str, address: Address, token: str, interface: str) -> Mapping[str, str]:

@@ -35,6 +35,8 @@ class Offer:
     ----------
     address
         Where it can be reached.
+    machine
+        What tells its machine from others.
     servers
         Where ranks meet, by control plane, and where the alarm is (``"alarm"``): from the first rank's task.
     has_mpi, has_rdma
@@ -48,6 +50,7 @@ class Offer:
     """
 
     address: str = ""
+    machine: str = ""
     servers: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     has_mpi: bool = False
     has_rdma: bool = False
@@ -69,7 +72,7 @@ class Agreement:
     Parameters
     ----------
     peers
-        The tasks with their addresses.
+        The tasks with their addresses and machines.
     plane, reason
         The control plane and why it is that one.
     meeting, alarm
@@ -94,7 +97,10 @@ def agree(peers: Sequence[topology.Peer], offers: Sequence[Offer], controller: s
     error = next((offer.error for offer in offers if offer.error is not None), None)
     if error is not None:
         raise RendezvousError(error)
-    known = [dataclasses.replace(peer, address=offer.address) for peer, offer in zip(peers, offers, strict=True)]
+    known = [
+        dataclasses.replace(peer, address=offer.address, machine=offer.machine)
+        for peer, offer in zip(peers, offers, strict=True)
+    ]
     lost = topology.unreachable(known)
     if lost:
         raise RendezvousError(
@@ -104,7 +110,7 @@ def agree(peers: Sequence[topology.Peer], offers: Sequence[Offer], controller: s
     servers = next(offer.servers for offer in offers if offer.servers)
     plane, reason = choose(
         controller,
-        hosts=len({peer.host for peer in peers}),
+        hosts=len(topology.places(known)),
         all_have_mpi=all(offer.has_mpi for offer in offers),
         all_have_rdma=all(offer.has_rdma for offer in offers),
     )

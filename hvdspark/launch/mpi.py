@@ -34,12 +34,13 @@ class ProcessManager(LineServer):
     address, hosts, token
         As for :class:`~hvdspark.launch.lines.LineServer`.
     places
-        For each rank the number of its host.
+        For each rank the number of its host, as far as that is known; see :meth:`place`.
     """
 
     def __init__(self, address: str, hosts: Iterable[str], places: Sequence[int], token: str) -> None:
         super().__init__(address, hosts, len(places), token)
-        self._values = {"PMI_process_mapping": process_mapping(places)}
+        self._values: dict[str, str] = {}
+        self.place(places)
         # MPI names its shared memory so: two jobs of a host must not have the same.
         self._space = f"hvdspark-{secrets.token_hex(8)}"
         self._keys: Counter[int | None] = Counter()
@@ -57,6 +58,10 @@ class ProcessManager(LineServer):
             "get_universe_size": f"cmd=universe_size size={self.size} rc=0",
             "finalize": "cmd=finalize_ack rc=0",
         }
+
+    def place(self, places: Sequence[int]) -> None:
+        """Say which ranks share a host, for each rank the number of it, before any of them is admitted."""
+        self._values["PMI_process_mapping"] = process_mapping(places)
 
     def obey(self, member: Member, line: str) -> bool:
         """Answer a request; one that no rank makes, such as for more processes, ends the connection."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hvdspark.plan import RankContext
@@ -23,15 +24,24 @@ class Peer:
         Host name, as Spark knows it.
     address
         IP address by which other hosts can reach it.
+    machine
+        What tells its machine from others, see :func:`hvdspark.launch.devices.machine`; empty until the tasks have
+        met. Spark may know a machine by several names.
     """
 
     partition: int
     host: str
     address: str
+    machine: str = ""
+
+    @property
+    def place(self) -> str:
+        """What it shares with the peers on its machine, as far as that is known."""
+        return self.machine or self.host
 
 
 def assign_ranks(peers: Sequence[Peer]) -> dict[int, RankContext]:
-    """Assign ranks host by host, so that local ranks are dense.
+    """Assign ranks machine by machine, so that local ranks are dense.
 
     Parameters
     ----------
@@ -41,41 +51,54 @@ def assign_ranks(peers: Sequence[Peer]) -> dict[int, RankContext]:
     Returns
     -------
     dict of int to RankContext
-        By partition number. Hosts come in the order of their lowest partition, ranks of a host in the order of
-        their partitions; every task computes the same.
+        By partition number. Machines come in the order of their lowest partition, ranks of a machine in the order of
+        their partitions; every task computes the same. The lowest partition has rank 0, whatever the machines.
     """
     ordered = sorted(peers, key=lambda peer: peer.partition)
-    hosts = list(dict.fromkeys(peer.host for peer in ordered))
-    by_host = {host: [peer for peer in ordered if peer.host == host] for host in hosts}
+    by_place = {place: [peer for peer in ordered if peer.place == place] for place in places(ordered)}
+    names = _names(by_place)
     contexts = {}
     rank = 0
-    for host in hosts:
-        for local_rank, peer in enumerate(by_host[host]):
+    for place, here in by_place.items():
+        for local_rank, peer in enumerate(here):
             # Horovod's cross ring joins the ranks that have the same local rank on different hosts.
-            alike = [name for name in hosts if len(by_host[name]) > local_rank]
+            alike = [name for name, there in by_place.items() if len(there) > local_rank]
             contexts[peer.partition] = RankContext(
                 rank=rank,
                 size=len(ordered),
                 local_rank=local_rank,
-                local_size=len(by_host[host]),
-                cross_rank=alike.index(host),
+                local_size=len(here),
+                cross_rank=alike.index(place),
                 cross_size=len(alike),
-                host=host,
+                host=names[place],
             )
             rank += 1
     return contexts
 
 
+def places(peers: Iterable[Peer]) -> list[str]:
+    """List the machines, each once, in the order of the peers."""
+    return list(dict.fromkeys(peer.place for peer in peers))
+
+
+def _names(by_place: Mapping[str, Sequence[Peer]]) -> dict[str, str]:
+    """Name every machine: as Spark knows its first peer, or by address where two machines have the same name."""
+    first = {place: here[0] for place, here in by_place.items()}
+    counts = Counter(peer.host for peer in first.values())
+    # Gloo joins the ranks of a host by this name, so one name for two machines would not do.
+    return {place: peer.host if counts[peer.host] == 1 else peer.address for place, peer in first.items()}
+
+
 def meeting_address(peers: Sequence[Peer], partition: int) -> str:
     """Return the address a task listens on: the loopback when all are on one host, else its own."""
-    if len({peer.host for peer in peers}) == 1:
+    if len(places(peers)) == 1:
         return LOOPBACK
     return next(peer.address for peer in peers if peer.partition == partition)
 
 
 def unreachable(peers: Sequence[Peer]) -> list[Peer]:
     """List the peers that a job over several hosts cannot reach, because all they offer is a loopback address."""
-    if len({peer.host for peer in peers}) == 1:
+    if len(places(peers)) == 1:
         return []
     return [peer for peer in peers if ipaddress.ip_address(peer.address).is_loopback]
 

@@ -7,7 +7,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvdspark.launch.topology import Peer, assign_ranks, meeting_address, rank_environment, unreachable
+from hvdspark.launch.topology import Peer, assign_ranks, meeting_address, places, rank_environment, unreachable
 from hvdspark.plan import RankContext
 
 
@@ -59,6 +59,29 @@ def test_a_loopback_address_is_unreachable_only_from_other_hosts() -> None:
     lonely = [Peer(0, "h1", "127.0.0.1"), Peer(1, "h1", "127.0.0.1")]
     assert unreachable(lonely) == []
     assert unreachable([*lonely, Peer(2, "h2", "10.0.0.2")]) == lonely
+
+
+def test_a_machine_is_one_by_whatever_names_spark_knows_it() -> None:
+    peers = [Peer(0, "h1", "10.0.0.1", "A"), Peer(1, "h2", "10.0.0.2", "B"), Peer(2, "10.0.0.1", "10.0.0.1", "A")]
+    ranks = assign_ranks(peers)
+    # Gloo joins the ranks of a host by its name, so that is the same for all of them.
+    assert [(ranks[p].rank, ranks[p].host, ranks[p].local_rank, ranks[p].local_size) for p in range(3)] == [
+        (0, "h1", 0, 2),
+        (2, "h2", 0, 1),
+        (1, "h1", 1, 2),
+    ]
+    assert places(peers) == ["A", "B"]
+    alone = [peers[0], peers[2]]
+    assert [meeting_address(alone, partition) for partition in (0, 2)] == ["127.0.0.1", "127.0.0.1"]
+
+
+def test_machines_of_the_same_name_are_told_apart() -> None:
+    twins = [Peer(0, "node", "10.0.0.1", "A"), Peer(1, "node", "10.0.0.2", "B")]
+    assert [(context.host, context.local_size) for context in assign_ranks(twins).values()] == [
+        ("10.0.0.1", 1),
+        ("10.0.0.2", 1),
+    ]
+    assert meeting_address(twins, 1) == "10.0.0.2"
 
 
 def test_the_environment_tells_horovod_its_place() -> None:
