@@ -25,7 +25,7 @@ from pyspark.sql.types import StructType
 from hvdspark.data.feed import FedStage
 from hvdspark.data.partitions import Split
 from hvdspark.data.planning import FitDraft
-from hvdspark.errors import ParamError, StageLostError, WorkerFailedError
+from hvdspark.errors import NotEnoughSlotsError, ParamError, StageLostError, WorkerFailedError
 from hvdspark.launch.barrier import LaunchOptions, run_barrier, warm_up
 from hvdspark.launch.slots import await_slots, check_slots, count_slots
 from hvdspark.launch.transport import check_transport
@@ -90,7 +90,7 @@ class Fit:
 
     def _launch(self, store: Store, wanted: int, work: Work, work_for: WorkFor, options: LaunchOptions) -> list[bytes]:
         """Run the ranks, and again from their last checkpoint when some were killed or lost."""
-        size, first = wanted, next_attempt(store, self._run_id)
+        size, first, lost = wanted, next_attempt(store, self._run_id), None
         restarts = self._estimator._value("max_restarts")
         for restart in range(restarts + 1):
             logs = log_folder(self._run_id, first + restart)
@@ -101,6 +101,12 @@ class Fit:
                     raise
                 cause = str(exc).partition("\n")[0]
                 logger.warning("%s: %s; restart %d of %d", self._run_id, cause, restart + 1, restarts)
+                lost = exc
+            except NotEnoughSlotsError as exc:
+                if lost is None:
+                    raise
+                # What was lost tells more than that it is missing now.
+                raise lost from exc
             now = self._size_now(wanted, options)
             if now != size:
                 logger.warning("%s: goes on with %d ranks in place of %d", self._run_id, now, size)

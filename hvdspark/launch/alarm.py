@@ -11,13 +11,15 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Self
 
 from hvdspark.launch.lines import LineServer, Member, connect
 
 _RING, _THROUGH = "ring", "through"
+_FAILED, _LOST = "failed", "lost"
+_LINE_BYTES = 4096
 _CONNECT_TIMEOUT_S = 30.0
 
 
@@ -27,7 +29,7 @@ class AlarmServer(LineServer):
     def __init__(self, address: str, hosts: Iterable[str], size: int, token: str) -> None:
         super().__init__(address, hosts, size, token)
         self._through: set[int | None] = set()
-        self._has_rung = False
+        self._rung: str | None = None
         self._changed = threading.Condition()
 
     def __exit__(self, *exc_info: object) -> None:
@@ -42,25 +44,26 @@ class AlarmServer(LineServer):
         if line == _THROUGH:
             self._note_end(member)
         else:
-            self._ring(member)
+            self._ring(member, _FAILED)
         return True
 
     def joined(self, member: Member) -> None:
         """Ring for one that comes after the others have heard it."""
-        if self._has_rung:
-            member.say(_RING)
+        if self._rung is not None:
+            member.say(self._rung)
 
     def lost(self, member: Member) -> None:
         """Ring for the others, unless this one was through."""
         if member.number not in self._through:
-            self._ring(member)
+            self._ring(member, _LOST)
             self._note_end(member)
 
-    def _ring(self, cause: Member) -> None:
-        self._has_rung = True
+    def _ring(self, cause: Member, how: str) -> None:
+        # What came first is the cause of what came after.
+        self._rung = self._rung or f"{_RING} {cause.number} {how}"
         for other in self.members.values():
             if other is not cause and other.number not in self._through:
-                other.say(_RING)
+                other.say(self._rung)
 
     def _note_end(self, member: Member) -> None:
         with self._changed:
@@ -77,6 +80,8 @@ class Alarm:
         Where the server is, and its token.
     rank
         The task's rank.
+    hosts
+        The hosts of all ranks.
 
     Raises
     ------
@@ -84,7 +89,8 @@ class Alarm:
         When the server is not there.
     """
 
-    def __init__(self, address: tuple[str, int], token: str, rank: int) -> None:
+    def __init__(self, address: tuple[str, int], token: str, rank: int, hosts: Sequence[str] = ()) -> None:
+        self._hosts = hosts
         self._connection: socket.socket = connect(address, token, rank, _CONNECT_TIMEOUT_S)
 
     def __enter__(self) -> Self:
@@ -99,6 +105,18 @@ class Alarm:
         """Return the descriptor that becomes readable when the alarm rings."""
         return self._connection.fileno()
 
+    def cause(self) -> tuple[str, bool]:
+        """Say why it rings, once it does, and whether that is a connection that was lost rather than a rank."""
+        try:
+            said = self._connection.recv(_LINE_BYTES, socket.MSG_DONTWAIT).decode()
+        except OSError:
+            said = ""
+        words = said.partition("\n")[0].split()
+        if len(words) != 3:
+            return f"the connection to {self._name(0)} was lost", True
+        name = self._name(int(words[1]))
+        return (f"{name} had failed", False) if words[2] == _FAILED else (f"the connection to {name} was lost", True)
+
     def ring(self) -> None:
         """Tell the others that this rank has failed."""
         self._say(_RING)
@@ -106,6 +124,9 @@ class Alarm:
     def through(self) -> None:
         """Say that this rank is through; its connection may end now."""
         self._say(_THROUGH)
+
+    def _name(self, rank: int) -> str:
+        return f"rank {rank} on {self._hosts[rank]}" if rank < len(self._hosts) else f"rank {rank}"
 
     def _say(self, text: str) -> None:
         # A server that is gone has made everybody's alarm ring already.

@@ -104,6 +104,7 @@ class Answers:
         self.ready = False
         self.timed_out = False
         self.stopped = False
+        self.cause, self.is_cut = "", False
         self.stall = ""
 
     @property
@@ -148,8 +149,9 @@ class Answers:
                 waited_for.append(self._alarm)
             # Woken now and then, because a grandchild may hold the pipe open after the process is gone.
             readable, _, _ = select.select(waited_for, [], [], 1.0 if left is None else min(left, 1.0))
-            if self._alarm in readable:
+            if self._alarm is not None and self._alarm in readable:
                 self._rung_at = time.monotonic()
+                self.cause, self.is_cut = self._alarm.cause()
             if self._process.answers in readable:
                 chunk = os.read(self._process.answers, 1 << 20)
                 if not chunk:

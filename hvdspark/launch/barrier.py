@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import re
 import secrets
 import sys
 import tempfile
@@ -28,7 +27,6 @@ from hvdspark.errors import (
     ParamError,
     RendezvousError,
     SchemaError,
-    StageLostError,
     closest,
 )
 from hvdspark.launch import control, devices, fabric, gpus, pool, topology
@@ -37,17 +35,18 @@ from hvdspark.launch.answers import LEAST_STALL_S
 from hvdspark.launch.child import Child, Patience
 from hvdspark.launch.control import CONTROLLERS
 from hvdspark.launch.fabric import Rdma
-from hvdspark.launch.failures import Failure, Outcome, error_of
+from hvdspark.launch.failures import Failure, Outcome, error_of, lost_stage
 from hvdspark.launch.guard import STACKS
 from hvdspark.launch.meeting import Agreement, Offer, agree, exchange
 from hvdspark.launch.process import Recipe, recipe_of
 from hvdspark.launch.slots import check_slots
 from hvdspark.launch.transport import check_transport
+from hvdspark.launch.watch import Watch, report, reports_of
 from hvdspark.plan import RankContext, StoreRef
 from hvdspark.store import Store
 
 if TYPE_CHECKING:
-    from pyspark import BarrierTaskContext
+    from pyspark import Accumulator, BarrierTaskContext
     from pyspark.sql import DataFrame, Row, SparkSession
 
     from hvdspark.data.feed import FedStage, RowFeed, TakenRows
@@ -167,12 +166,17 @@ def run_barrier(
     driver_host = context.getConf().get("spark.driver.host", topology.LOOPBACK)
     nonce, token = secrets.token_hex(16), secrets.token_hex(16)
     gpus_per_task = float(context.getConf().get(gpus.AMOUNT, "1"))
-    stage = _Stage(broadcast, options, driver_host, nonce, token, None if fed is None else fed.feed, gpus_per_task)
+    reports, feed = reports_of(context), None if fed is None else fed.feed
+    stage = _Stage(broadcast, options, driver_host, nonce, token, feed, gpus_per_task, reports)
     frame = spark.range(num_proc, numPartitions=num_proc) if fed is None else fed.frame
+    watch = Watch(context, nonce)
     try:
-        rows = _run_stage(frame, stage.task, f"hvdspark: {num_proc} ranks")
+        with watch:
+            rows = _run_stage(frame, stage.task, f"hvdspark: {num_proc} ranks")
     except Exception as exc:
-        raise _lost_stage(exc) from exc
+        if watch.given_up:
+            raise error_of(watch.given_up, options.logs_url) from exc
+        raise lost_stage(exc) from exc
     finally:
         broadcast.destroy()
     failures = [Failure.from_json(row["failure"]) for row in rows if row["failure"] is not None]
@@ -231,22 +235,33 @@ class _Stage:
     token: str = field(repr=False)
     feed: RowFeed | None
     gpus_per_task: float
+    reports: Accumulator[list[str]]
 
     def task(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Be one task: run a rank, and answer with its result or its failure."""
         from pyspark import BarrierTaskContext
 
-        rank, outcome = self._run(BarrierTaskContext.get(), batches)
-        failure = None if outcome.failure is None else outcome.failure.to_json()
-        columns = {"rank": [rank], "result": [outcome.result], "failure": [failure]}
+        barrier = BarrierTaskContext.get()
+        ranks, outcome = self._run(barrier, batches)
+        own, failure = barrier.partitionId(), None
+        if outcome.failure is not None:
+            failure = outcome.failure.to_json()
+            self.reports.add([report(self.nonce, barrier.stageId(), own, ranks, outcome.failure)])
+        columns = {"rank": [ranks[own].rank], "result": [outcome.result], "failure": [failure]}
         schema = pa.schema([("rank", pa.int64()), ("result", pa.binary()), ("failure", pa.string())])
         yield pa.RecordBatch.from_pydict(columns, schema=schema)
 
-    def _run(self, barrier: BarrierTaskContext, batches: Iterable[pa.RecordBatch]) -> tuple[int, Outcome]:
-        """Start this task's rank, take its rows and meet the other tasks meanwhile, then run it to its end."""
+    def _run(
+        self, barrier: BarrierTaskContext, batches: Iterable[pa.RecordBatch]
+    ) -> tuple[Mapping[int, RankContext], Outcome]:
+        """Start this task's rank, take its rows and meet the other tasks meanwhile, then run it to its end.
+
+        Returns the places of all ranks, by partition, and how this one ended.
+        """
         options, own, peers = self.options, barrier.partitionId(), _peers(barrier)
         # By Spark's names: who is on one machine is known when the tasks have met.
-        context = topology.assign_ranks(peers)[own]
+        ranks = topology.assign_ranks(peers)
+        context = ranks[own]
         with Child(_recipe(context, options), warm=options.warm_pool) as child, contextlib.ExitStack() as stack:
             servers, rows = {}, None
             try:
@@ -273,17 +288,17 @@ class _Stage:
             try:
                 offers = exchange(barrier, offer, self.nonce, self._patience_s)
                 agreed = agree(peers, offers, options.controller)
-                context = topology.assign_ranks(agreed.peers)[own]
+                ranks = topology.assign_ranks(agreed.peers)
+                context = ranks[own]
                 control.admit(servers.values(), agreed.peers)
-                alarm = stack.enter_context(Alarm(agreed.alarm, self.token, context.rank))
+                alarm = stack.enter_context(Alarm(agreed.alarm, self.token, context.rank, _hosts(ranks)))
                 interface = devices.interface_of(topology.meeting_address(agreed.peers, own))
                 network = self._network(agreed, interface, context)
                 given = [offer.gpus for offer in offers]
-                ranks = topology.assign_ranks(agreed.peers)
                 own_gpus = gpus.gpu_environment(ranks, given, own, options.env, self.gpus_per_task)
                 plan = b"" if rows is None else _planned(rows, agreed.peers, offers)
             except (RendezvousError, DataError, SchemaError, OSError) as exc:
-                return context.rank, Outcome(failure=Failure.before(exc, context))
+                return ranks, Outcome(failure=Failure.before(exc, context))
             scratch = stack.enter_context(_scratch(options))
             environment = {
                 **network,
@@ -297,7 +312,7 @@ class _Stage:
             with _log_file(options, context) as log:
                 patience = Patience(options.start_timeout_s, options.stall_timeout_s or None)
                 payload = self.broadcast.value
-                return context.rank, child.run(payload, context, environment, log, patience, plan, alarm)
+                return ranks, child.run(payload, context, environment, log, patience, plan, alarm)
 
     def _open_servers(
         self, peers: list[topology.Peer], own: int, stack: contextlib.ExitStack
@@ -346,6 +361,11 @@ def _peers(barrier: BarrierTaskContext) -> list[topology.Peer]:
     """List the tasks by where Spark put them; at which addresses they can be reached is what they tell each other."""
     hosts = [info.address.rpartition(":")[0] or "localhost" for info in barrier.getTaskInfos()]
     return [topology.Peer(partition, host, "") for partition, host in enumerate(hosts)]
+
+
+def _hosts(ranks: Mapping[int, RankContext]) -> list[str]:
+    """List the hosts by rank."""
+    return [context.host for context in sorted(ranks.values(), key=lambda context: context.rank)]
 
 
 def _settings(context: RankContext, options: LaunchOptions) -> dict[str, str]:
@@ -412,18 +432,3 @@ def _described(spark: SparkSession, text: str) -> Iterator[None]:
         yield
     finally:
         context.setLocalProperty(key, before)  # type: ignore[arg-type]  # None removes it
-
-
-# How Spark says that a process or a host is gone, rather than that something in it raised an error.
-_LOST = re.compile(r"ExecutorLostFailure|Python worker exited unexpectedly|FetchFailed|executor \S+ (?:lost|exited)")
-
-
-def _lost_stage(exc: Exception) -> HvdSparkError:
-    """Translate an exception of Spark's own: the stage as a whole was lost, not the work of a rank."""
-    text = str(exc).strip()
-    first = next((line.strip() for line in text.splitlines() if line.strip()), type(exc).__name__)
-    return StageLostError(
-        f"the barrier stage was lost: {first}. An executor may have died or the job was cancelled; Spark's own log"
-        " tells more.",
-        is_passing=_LOST.search(text) is not None and "cancelled" not in text,
-    )

@@ -164,7 +164,7 @@ def _describe_end(
 ) -> tuple[FailureKind, str]:
     """Say what became of a process that gave no answer: kind and error."""
     if answers.stopped:
-        return "peer", "stopped, because another rank had failed"
+        return "cut" if answers.is_cut else "peer", f"stopped, because {answers.cause}"
     if answers.stall:
         return "stalled", answers.stall
     if answers.timed_out:

@@ -202,8 +202,11 @@ class Door:
 
 
 def keep_alive(connection: socket.socket) -> None:
-    """Have the system end a connection whose other end is cut off."""
+    """Have the system end a connection whose other end is cut off, after eleven seconds at most."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", _IDLE_S), ("TCP_KEEPINTVL", _PROBE_S), ("TCP_KEEPCNT", _PROBES)):
         if hasattr(socket, option):  # not all systems have them
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        # Nobody probes while something that was said is on its way, and the system repeats it for a quarter of an hour.
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * (_IDLE_S + _PROBE_S * _PROBES))

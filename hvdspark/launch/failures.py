@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,13 +14,14 @@ from hvdspark.errors import (
     LaunchError,
     LaunchTimeoutError,
     RendezvousError,
+    StageLostError,
     WorkerFailedError,
     from_plain,
 )
 from hvdspark.launch.answers import SILENCE_S, LifeSign
 from hvdspark.plan import RankContext
 
-FailureKind = Literal["user", "peer", "died", "stalled", "meet", "start", "late", "data"]
+FailureKind = Literal["user", "peer", "cut", "died", "stalled", "meet", "start", "late", "data"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Failure:
     rank, host
         Which one, and where.
     kind
-        ``"user"``: an exception in what the rank ran; ``"peer"``: it noticed that another rank was gone; ``"died"``:
+        ``"user"``: an exception in what the rank ran; ``"peer"``: it noticed that another rank was gone; ``"cut"``: the
+        same, where all that is known is that a connection ended; ``"died"``:
         the process ended by a signal or exit; ``"stalled"``: it was stopped, or did not move on; ``"meet"``: the tasks
         did not find each other; ``"start"``: the process ended before it began its work; ``"late"``: it did not begin
         in time; ``"data"``: the rows that came with the tasks cannot be trained on.
@@ -84,10 +87,10 @@ class Outcome:
 
 
 # A rank that died is the cause rather than those that raised because it was gone; of several causes the first in time.
-_SEVERITY = {"user": 0, "meet": 0, "data": 0, "start": 0, "late": 1, "died": 1, "stalled": 2, "peer": 2}
+_SEVERITY = {"user": 0, "meet": 0, "data": 0, "start": 0, "late": 1, "died": 1, "cut": 2, "stalled": 3, "peer": 3}
 
 # Another attempt may go well.
-_PASSING = ("died", "stalled", "peer")
+_PASSING = ("died", "cut", "stalled", "peer")
 
 
 def first_cause(failures: Sequence[Failure]) -> Failure:
@@ -137,6 +140,22 @@ def error_of(failures: Sequence[Failure], logs: str | None = None) -> HvdSparkEr
         root_cause=first.rank,
         log_tail=first.log_tail,
         is_passing=first.kind in _PASSING,
+    )
+
+
+# How Spark says that a process or a host is gone, rather than that something in it raised an error.
+_LOST = re.compile(r"ExecutorLostFailure|Python worker exited unexpectedly|FetchFailed|executor \S+ (?:lost|exited)")
+
+
+def lost_stage(exc: Exception) -> StageLostError:
+    """Translate an exception of Spark's own: the stage as a whole was lost, not the work of a rank."""
+    text = str(exc).strip()
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(exc).__name__]
+    said = next((line for line in lines if _LOST.search(line)), lines[0])
+    return StageLostError(
+        f"the barrier stage was lost: {said}. An executor may have died or the job was cancelled; Spark's own log"
+        " tells more.",
+        is_passing=_LOST.search(text) is not None and "cancelled" not in text,
     )
 
 

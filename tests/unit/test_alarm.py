@@ -25,7 +25,8 @@ def rings(alarm: Alarm, within_s: float = 5.0) -> bool:
 @pytest.fixture
 def alarms() -> Iterator[list[Alarm]]:
     with AlarmServer("127.0.0.1", ["127.0.0.1"], SIZE, TOKEN) as server, contextlib.ExitStack() as stack:
-        found = [stack.enter_context(Alarm(server.address, TOKEN, rank)) for rank in range(SIZE)]
+        hosts = [f"h{rank}" for rank in range(SIZE)]
+        found = [stack.enter_context(Alarm(server.address, TOKEN, rank, hosts)) for rank in range(SIZE)]
         # All are known to the server before anything happens.
         deadline = time.monotonic() + 5
         while len(server.members) < SIZE and time.monotonic() < deadline:
@@ -38,6 +39,7 @@ def test_all_others_hear_who_rings(alarms: list[Alarm]) -> None:
     assert rings(alarms[0])
     assert rings(alarms[2])
     assert not rings(alarms[1], QUIET_S)
+    assert alarms[0].cause() == alarms[2].cause() == ("rank 1 on h1 had failed", False)
 
 
 def test_one_that_comes_late_hears_it_too() -> None:
@@ -56,6 +58,7 @@ def test_a_task_that_is_gone_without_a_word_rings(alarms: list[Alarm]) -> None:
         pass
     assert rings(alarms[0])
     assert rings(alarms[1])
+    assert alarms[1].cause() == ("the connection to rank 2 on h2 was lost", True)
 
 
 def test_one_that_is_through_may_go_and_hears_nothing_more(alarms: list[Alarm]) -> None:
@@ -97,6 +100,7 @@ def test_the_end_of_the_first_ranks_task_is_heard() -> None:
             time.sleep(0.01)
         raise InterruptedError
     assert rings(alarm)
+    assert alarm.cause() == ("the connection to rank 0 was lost", True)
 
 
 def test_a_stranger_neither_rings_nor_hears() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from hvdspark.errors import LaunchTimeoutError, WorkerFailedError
 from hvdspark.launch.answers import LifeSign
-from hvdspark.launch.failures import Failure, FailureKind, error_of, first_cause
+from hvdspark.launch.failures import Failure, FailureKind, error_of, first_cause, lost_stage
 
 WAITING = "HorovodInternalError: Timed out waiting 30000ms for recv operation to complete"
 
@@ -35,6 +35,9 @@ def test_a_failure_survives_its_way_to_the_driver() -> None:
         ([failure(0, "peer", 1, LifeSign(8, idle_s=30)), failure(1, "peer", 2, LifeSign(9, "", 30, 30))], 1),
         # Within the same step: the one that has stood still for longer.
         ([failure(0, "stalled", 1, LifeSign(8, idle_s=30)), failure(1, "stalled", 1, LifeSign(8, idle_s=31))], 1),
+        # Who only lost a connection noticed it before those who waited, but did not end by itself.
+        ([failure(0, "peer", 1, LifeSign(8, idle_s=30)), failure(1, "cut", 2, LifeSign(9, idle_s=30))], 1),
+        ([failure(0, "cut", 1, LifeSign(8)), failure(1, "died", 31)], 1),
         # A rank that died is the cause of others' waiting.
         ([failure(0, "stalled", 1, LifeSign(8, idle_s=30)), failure(1, "died", 31)], 1),
     ],
@@ -59,6 +62,27 @@ def test_ranks_whose_connection_broke_keep_their_own_words() -> None:
     broken = "HorovodInternalError: Connection closed by peer"
     error = error_of([failure(0, "peer", 1, LifeSign(5), broken), failure(1, "peer", 2, LifeSign(5), broken)])
     assert str(error).startswith("rank 0 on host0: HorovodInternalError: Connection closed by peer")
+
+
+def test_a_rank_that_lost_a_connection_says_so_however_long_it_had_waited() -> None:
+    lost = "stopped, because the connection to rank 1 on host1 was lost"
+    error = error_of([failure(0, "cut", 1, LifeSign(8, idle_s=11.0), lost)])
+    assert str(error) == f"rank 0 on host0: {lost}"
+    assert isinstance(error, WorkerFailedError)
+    assert error.is_passing
+
+
+@pytest.mark.parametrize(
+    ("said", "is_passing"),
+    [
+        ("Stage failed.\nExecutorLostFailure (executor 1 exited) Reason: Remote RPC client disassociated", True),
+        ("Job 3 cancelled as part of cancellation of all jobs", False),
+    ],
+)
+def test_what_spark_says_of_a_lost_stage_is_told_by_its_telling_line(said: str, is_passing: bool) -> None:
+    error = lost_stage(RuntimeError(f"An error occurred while calling o1.collectToPython.\n{said}"))
+    assert error.is_passing == is_passing
+    assert ("ExecutorLostFailure (executor 1 exited)" in str(error)) == is_passing
 
 
 def test_ranks_that_never_began_are_no_failure_of_their_work() -> None:
