@@ -290,6 +290,11 @@ class EstimatorParams(ModelParams):
     keep_checkpoints = param(
         "keep_checkpoints", "how many states of the training are kept", positive_int("keep_checkpoints")
     )
+    on_nan = param(
+        "on_nan",
+        "what to do when gradients or the loss are not finite: 'fail', 'stop' with the model before, or 'skip' steps",
+        one_of("on_nan", ("fail", "stop", "skip")),
+    )
     rdma = param(
         "rdma",
         "whether to use RDMA devices: 'auto' where there are any, True to insist on them, False never",

@@ -19,6 +19,7 @@
     │   ├── RendezvousError
     │   └── LaunchTimeoutError
     ├── WorkerFailedError             a rank failed while it ran
+    ├── NonFiniteLossError            within a rank: the loss or its gradients are NaN or infinite
     ├── PeerLostError                 within a rank: another one is gone
     └── ModelFormatError              a model or estimator cannot be saved or loaded
 
@@ -239,6 +240,22 @@ class WorkerFailedError(HvdSparkError):
     root_cause: int
     log_tail: str
     is_passing: bool
+
+
+class NonFiniteLossError(HvdSparkError):
+    """The training came upon a loss, gradients or weights that are NaN or infinite.
+
+    Attributes
+    ----------
+    epoch, step
+        Where, counted from zero; the step within the epoch.
+    ranks : tuple of int
+        The ranks whose own numbers were not finite; empty where only the average over all of them was not.
+    """
+
+    epoch: int
+    step: int
+    ranks: tuple[int, ...]
 
 
 class PeerLostError(HvdSparkError):

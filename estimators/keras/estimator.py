@@ -115,6 +115,9 @@ class KerasEstimator(HorovodEstimator, Persistable):
     checkpoint_steps, keep_checkpoints
         The state of the training is kept at the end of every epoch and, where given, every so many steps; the last two
         by default.
+    on_nan
+        What to do when averaged gradients, or the loss of an epoch, are not finite: ``"fail"``, the default, with an
+        error that names epoch, step and rank; ``"stop"`` with the model before that step; or ``"skip"`` such steps.
     run_id
         Name of the run's folder in the Store. One that was interrupted goes on from its last checkpoint.
     others
@@ -188,6 +191,7 @@ class KerasEstimator(HorovodEstimator, Persistable):
         min_proc: int | None = None,
         checkpoint_steps: int | None = None,
         keep_checkpoints: int | None = None,
+        on_nan: str | None = None,
         output_cols: Sequence[str] | None = None,
         output_types: Sequence[str | None] | None = None,
         transform_batch_size: int | None = None,
@@ -231,6 +235,7 @@ class KerasEstimator(HorovodEstimator, Persistable):
             rdma="auto",
             max_restarts=3,
             keep_checkpoints=2,
+            on_nan="fail",
             start_timeout=120.0,
             stall_timeout_s=600.0,
             warm_pool=True,
@@ -311,6 +316,7 @@ class KerasEstimator(HorovodEstimator, Persistable):
             use_gpu=self._value("use_gpu"),
             checkpoint_steps=self._value("checkpoint_steps"),
             keep_checkpoints=self._value("keep_checkpoints"),
+            on_nan=self._value("on_nan"),
         )
         # By address: only the training processes import TensorFlow's Horovod.
         return Job(self._trainer, (spec,))

@@ -15,6 +15,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 from hvdspark.estimators.keras.allreduce import DENSE_TABLE_VALUES, Allreduce
+from hvdspark.estimators.keras.finite import FiniteGuard
 
 
 @dataclass
@@ -45,11 +46,14 @@ class GradientReducer:
         Averages over the ranks.
     passes_per_step
         Batches whose gradients are averaged locally before they are sent.
+    guard
+        Decides on averages that are not finite; without one they are applied like any.
     """
 
-    def __init__(self, allreduce: Allreduce, passes_per_step: int = 1) -> None:
+    def __init__(self, allreduce: Allreduce, passes_per_step: int = 1, guard: FiniteGuard | None = None) -> None:
         self._allreduce = allreduce
         self._passes = passes_per_step
+        self._guard = guard
         self._step: StepRows | None = None
         self._updates = 0
         self._sums: list[tf.Variable] = []
@@ -84,18 +88,22 @@ class GradientReducer:
             chosen = list(variables if trainable_variables is None else trainable_variables)
             present = [(grad, var) for grad, var in zip(grads, chosen, strict=True) if grad is not None]
             if self._passes == 1:
-                reduced = self._average([grad for grad, _ in present])
-                update(reduced, [var for _, var in present])
+                self._average(present, update)
             else:
                 self._accumulate(present, chosen, update)
 
         optimizer.apply = apply
 
-    def _average(self, grads: Sequence[Any]) -> list[Any]:
+    def begins_update(self) -> tf.Tensor:
+        """Whether none of the gradients of the next update are there yet."""
+        assert self._seen is not None
+        return tf.equal(self._seen, 0.0)
+
+    def _average(self, present: Sequence[tuple[Any, Any]], update: Any) -> None:
         """Weight each rank's mean gradient by its rows, so that the result is the mean over all rows."""
         assert self._step is not None, "begin() was not called for this step"
         share = float(self._allreduce.size) * self._step.rows / self._step.total
-        return self._send([_scale(_dense_if_small(grad), share) for grad in grads])
+        self._send([_scale(_dense_if_small(grad), share) for grad, _ in present], [var for _, var in present], update)
 
     def _accumulate(self, present: Sequence[tuple[Any, Any]], variables: Sequence[Any], update: Any) -> None:
         """Add up the gradients of several steps and send their mean when the last of them is through."""
@@ -110,8 +118,8 @@ class GradientReducer:
 
         def send() -> tf.Tensor:
             share = float(self._allreduce.size) / seen
-            reduced = self._send([_scale(tf.convert_to_tensor(total), share) for total in sums])
-            update(reduced, [var for _, var in present])
+            own = [_scale(tf.convert_to_tensor(total), share) for total in sums]
+            self._send(own, [var for _, var in present], update)
             for total in sums:
                 total.assign(tf.zeros_like(total))
             seen.assign(0.0)
@@ -119,10 +127,14 @@ class GradientReducer:
 
         tf.cond(step.apply, send, lambda: tf.constant(False))
 
-    def _send(self, grads: list[Any]) -> list[Any]:
+    def _send(self, grads: list[Any], variables: Sequence[Any], update: Any) -> None:
         # A user's own step may update more than once.
         self._updates += 1
-        return self._allreduce.average(grads, f"hvdspark_gradients_{self._updates}")
+        averaged = self._allreduce.average(grads, f"hvdspark_gradients_{self._updates}")
+        if self._guard is None:
+            update(averaged, variables)
+        else:
+            self._guard.update(grads, averaged, lambda: update(averaged, variables))
 
 
 def _scale(grad: Any, factor: tf.Tensor) -> Any:

@@ -38,6 +38,8 @@ class KerasSpec:
         Steps after which the state of the training is kept, besides the end of every epoch; ``None`` for then only.
     keep_checkpoints
         How many of these states are kept.
+    on_nan
+        See :class:`~hvdspark.estimators.keras.finite.FiniteGuard`.
     use_gpu
         Whether to use the GPU of the local rank, where there is one.
     """
@@ -55,3 +57,4 @@ class KerasSpec:
     use_gpu: bool
     checkpoint_steps: int | None = None
     keep_checkpoints: int = 2
+    on_nan: str = "fail"

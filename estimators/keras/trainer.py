@@ -20,6 +20,7 @@ from hvdspark.estimators.keras.allreduce import choose_allreduce
 from hvdspark.estimators.keras.batches import ENDLESS, Batches, packer
 from hvdspark.estimators.keras.clock import StepClock
 from hvdspark.estimators.keras.feeding import StepFeed
+from hvdspark.estimators.keras.finite import FiniteGuard, Undo
 from hvdspark.estimators.keras.metrics import current_metrics, global_metrics
 from hvdspark.estimators.keras.optimizer import GradientReducer, LearningRateScale, StepRows
 from hvdspark.estimators.keras.snapshot import Snapshot
@@ -141,7 +142,8 @@ class _Training:
         self._agree([*self._model.weights, *optimizer.variables])
         allreduce = choose_allreduce(spec.allreduce, self._session, variables, spec.compression)
         self._session.settle()
-        self._reducer = GradientReducer(allreduce, spec.passes_per_step)
+        self._guard = FiniteGuard(spec.on_nan, self._session, optimizer)
+        self._reducer = GradientReducer(allreduce, spec.passes_per_step, self._guard)
         self._reducer.attach(optimizer, variables)
         self._diverge()
         self._pack = packer(self._model, plan.batch)
@@ -187,7 +189,7 @@ class _Training:
         """Run all epochs that are left; returns the history of all."""
         plan, session = self._plan, self._session
         callbacks = self._callbacks()
-        snapshot = Snapshot(self._model, callbacks.callbacks, self._reducer.variables)
+        snapshot = Snapshot(self._model, callbacks.callbacks, [*self._reducer.variables, *self._guard.variables])
         self._states = States(plan, self._spec, session, snapshot, self._rate, self._checkpoints)
         self._model.stop_training = False
         callbacks.on_train_begin()
@@ -203,15 +205,23 @@ class _Training:
             self._epoch = f"epoch {epoch + 1}"
             pulse.moved_on(f"{self._epoch}, beginning")
             self._clock.start()
-            if place.step <= first:
+            anew = place.step <= first
+            if anew:
                 self._model.reset_metrics()
                 callbacks.on_epoch_begin(epoch)
-            rows = self._run_steps(feed, callbacks, steps, first, max(place.step - first, 0))
-            logs = global_metrics(self._model, session, rows, "hvdspark_train_metrics")
-            self._clock.stop(int(self._facts.of(max(first, place.step), first + steps)[1].sum(dtype=np.int64)))
+            self._guard.begin_epoch(anew=anew)
+            self._undo.refresh()
+            rows = self._run_steps(feed, callbacks, epoch, max(place.step - first, 0))
+            if not len(rows):  # the training ended with the epoch before
+                break
+            own_loss = current_metrics(self._model).get("loss", 0.0)
+            logs = global_metrics(self._model, session, int(rows.sum()), "hvdspark_train_metrics")
+            self._clock.stop(int(self._facts.of(max(first, place.step), first + len(rows))[1].sum(dtype=np.int64)))
             pulse.moved_on(f"{self._epoch}, after its last step")
             self._average_statistics()
             logs |= {f"val_{name}": value for name, value in self._validate(callbacks).items()}
+            logs |= self._guard.end_epoch(epoch, steps, logs, own_loss)
+            self._model.stop_training |= self._guard.ended
             pulse.moved_on(f"{self._epoch}, in callbacks at its end")
             callbacks.on_epoch_end(epoch, logs)
             pulse.moved_on(f"{self._epoch}, keeping what was trained")
@@ -248,10 +258,11 @@ class _Training:
             variable.assign(mean.reshape(variable.shape))
             start += len(state)
 
-    def _run_steps(self, feed: StepFeed, callbacks: Any, steps: int, first: int, step: int) -> int:
-        """Take the steps of one epoch from some step on; returns the rows of this rank in all of them."""
+    def _run_steps(self, feed: StepFeed, callbacks: Any, epoch: int, step: int) -> np.ndarray:
+        """Take the steps of one epoch from some step on; returns the rows of this rank by step, as far as it came."""
         per_call = 1 if self._watches_batches else STEPS_PER_CALL
-        interval = self._spec.checkpoint_steps
+        interval, steps = self._spec.checkpoint_steps, self._plan.steps_per_epoch
+        first = epoch * steps
         while step < steps:
             most = min(per_call, steps - step)
             if interval:
@@ -262,13 +273,19 @@ class _Training:
             callbacks.on_train_batch_begin(step)
             pulse.moved_on(f"{here}, computing")
             self._train_steps(portion.chunk, portion.start, *self._facts.of(first + step, first + step + portion.count))
+            self._guard.look(epoch, step, steps)
+            if self._guard.ended:
+                break
             step += portion.count
             pulse.moved_on(f"{here}, after it")
             if self._watches_batches:
                 callbacks.on_train_batch_end(step - 1, current_metrics(self._model))
             if interval and (first + step) % interval == 0 and step < steps:
+                self._guard.check_weights(self._model.trainable_variables, epoch, step)
                 self._states.keep(Place(first + step))
-        return int(self._facts.of(first, first + steps)[0].sum(dtype=np.int64))
+        self._guard.check_weights(self._model.trainable_variables, epoch, step)
+        rows, _, apply = self._facts.of(first, first + steps)
+        return self._guard.counted(rows, apply, epoch)
 
     def _validate(self, callbacks: Any) -> dict[str, float]:
         """Evaluate on the validation rows of all ranks."""
@@ -295,25 +312,23 @@ class _Training:
 
     def _compiled_training(self) -> Any:
         model, reducer, batches, pack = self._model, self._reducer, self._batches, self._pack
-        guarded = self._plan.train.has_idle_steps
+        idles = self._plan.train.has_idle_steps
+        if idles or self._guard.undoes:
+            self._build_metrics()
+        begins = reducer.begins_update if self._spec.passes_per_step > 1 else None
+        self._undo = undo = Undo(model, self._guard, idles=idles, begins=begins)
 
         # Traced as it is, as Keras does it: AutoGraph's translation of all that is called takes seconds.
         @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
-        def step(chunk: Any, place: tf.Tensor, facts: StepRows) -> None:
+        def step(chunk: Any, place: tf.Tensor, index: tf.Tensor, facts: StepRows) -> None:
             reducer.begin(facts)
-            # A rank without rows computes on a filler, to take its part in the allreduce; nothing of it may stay.
-            state = [*model.non_trainable_variables, *model.metrics_variables] if guarded else []
-            before = [tf.identity(variable.value) for variable in state]
+            undo.begin(index)
             model.train_step(pack(*batches.batch(chunk, place)))
-            for variable, value in zip(state, before, strict=True):
-                variable.assign(tf.where(facts.rows > 0, variable.value, value))
-
-        if guarded:
-            self._build_metrics()
+            undo.end(facts.rows)
 
         def steps(chunk: Any, start: tf.Tensor, rows: tf.Tensor, total: tf.Tensor, apply: tf.Tensor) -> None:
             for index in tf.range(tf.size(rows)):
-                step(chunk, start + index, StepRows(rows[index], total[index], apply[index]))
+                step(chunk, start + index, index, StepRows(rows[index], total[index], apply[index]))
 
         signature = (
             batches.signature,

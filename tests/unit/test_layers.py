@@ -58,6 +58,7 @@ IN_THE_RANK = (
     "clock",
     "codec",
     "feeding",
+    "finite",
     "lean",
     "metrics",
     "optimizer",
