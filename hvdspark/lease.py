@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import socket
 import threading
 import time
@@ -17,6 +18,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import psutil
+
+from hvdspark.errors import StoreError
 
 if TYPE_CHECKING:
     from hvdspark.store import Store
@@ -30,6 +33,9 @@ RENEWAL_S = 20.0
 STALE_S = 180.0
 
 _FIELDS = {"time": float, "host": str, "pid": int, "started": float}
+
+# What this process holds now: of its own it need not guess, also where the file of one that ended could not be removed.
+_own: set[tuple[str, str]] = set()
 
 # What two looks at the start of one process may differ by.
 _SAME_START_S = 2.0
@@ -59,11 +65,13 @@ def held(store: Store, folder: str, kind: str) -> Iterator[None]:
     def renew() -> None:
         while not ended.wait(RENEWAL_S):
             try:
-                store.publish_bytes(_holder(), name)
+                # Never into the empty place of a Store that has gone for a while.
+                store.within(folder).publish_bytes(_holder(), name)
             except Exception as exc:  # noqa: BLE001 - the next time may go well, and the work must go on
                 logger.warning("cannot renew the lease %s: %s", store.url_of(name), exc)
 
     store.publish_bytes(_holder(), name)
+    _own.add((store.url, name))
     thread = threading.Thread(target=renew, name=f"hvdspark {kind} lease", daemon=True)
     thread.start()
     try:
@@ -71,7 +79,8 @@ def held(store: Store, folder: str, kind: str) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        with contextlib.suppress(OSError):
+        _own.discard((store.url, name))
+        with contextlib.suppress(StoreError):
             store.delete(name)
         store.delete_if_empty(folder, _FOLDER)
 
@@ -97,6 +106,8 @@ def _is_alive(store: Store, name: str) -> bool:
         return False
     if lease["host"] != socket.gethostname():
         return True
+    if lease["pid"] == os.getpid():
+        return (store.url, name) in _own
     # On this host nobody need wait for a process that is gone.
     try:
         return bool(abs(psutil.Process(lease["pid"]).create_time() - lease["started"]) < _SAME_START_S)

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from hvdspark import lease
+from hvdspark.errors import StoreError
 
 if TYPE_CHECKING:
     from hvdspark.store import Store
@@ -209,5 +210,5 @@ def _discard(store: Store, folder: str) -> None:
     """Delete a folder; that a Store refuses it must not lose a model that was trained on what is in it."""
     try:
         store.delete(folder)
-    except OSError as exc:
-        logger.warning("cannot delete %s: %s", store.url_of(folder), exc)
+    except StoreError as exc:
+        logger.warning("%s", exc)

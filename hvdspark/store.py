@@ -7,12 +7,13 @@ not at all, also when the writer dies half-way.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import posixpath
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +30,9 @@ _HADOOP_SCHEMES = {"s3a": "s3", "s3n": "s3", "wasb": "abfs", "wasbs": "abfs"}
 # Object stores show an object only once its upload is complete, and rename by copying: writing in place is the
 # atomic way there. Everywhere else a file is written beside its final name and then renamed.
 _OBJECT_STORES = frozenset({"s3", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "memory"})
+
+# How a file is called while it is being written.
+_UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.part$")
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=-]*")
 _PASSWORD = re.compile(r"://[^/@]*:[^/@]+@")
@@ -82,6 +86,8 @@ class Store:
         self._max_dataset_bytes = max_dataset_bytes
         self._max_dataset_age_s = max_dataset_age_s
         self.url = _normalize(os.fspath(url))
+        # A folder that must be there already, so that one which has gone is noticed, and not made anew.
+        self._needed: str | None = None
         try:
             self._fs, self._root = url_to_fs(self.url, **self._options)
         except (ValueError, ImportError) as exc:
@@ -103,8 +109,20 @@ class Store:
 
     @classmethod
     def from_ref(cls, ref: StoreRef) -> Store:
-        """Open the Store that :meth:`ref` described in another process."""
-        return cls(ref.url, ref.storage_options, private=ref.private)
+        """Open the Store that :meth:`ref` described in another process; a local one must be there by now."""
+        store = cls(ref.url, ref.storage_options, private=ref.private)
+        store._needed = store._root if store.is_local else None
+        return store
+
+    def within(self, *parts: str) -> Store:
+        """Return this Store for work in a folder that exists: where that has gone, nothing is written or listed.
+
+        So what is written never goes into the empty place where a file system was mounted before, and nobody takes a
+        Store that is out of reach for an empty one.
+        """
+        store = Store.from_ref(self.ref())
+        store._needed = self.path(*parts)
+        return store
 
     def ref(self) -> StoreRef:
         """Describe this Store by plain values, to open it in another process."""
@@ -167,19 +185,36 @@ class Store:
         return bool(self._fs.exists(self.path(*parts)))
 
     def list(self, *parts: str) -> list[str]:
-        """List the names in a folder, sorted; an absent folder is empty."""
-        try:
-            entries = self._fs.ls(self.path(*parts), detail=False)
-        except FileNotFoundError:
-            return []
-        return sorted(posixpath.basename(entry.rstrip("/")) for entry in entries)
+        """List the names in a folder, sorted, without files that are being written; an absent folder is empty.
+
+        Raises
+        ------
+        StoreError
+            When it cannot be listed.
+        """
+        with self._named("list", *parts):
+            try:
+                entries = self._fs.ls(self.path(*parts), detail=False)
+            except FileNotFoundError:
+                self._check_there()
+                return []
+        names = (posixpath.basename(entry.rstrip("/")) for entry in entries)
+        return sorted(name for name in names if not _UNFINISHED.search(name))
 
     def sizes(self, *parts: str) -> dict[str, int]:
-        """Return the files in a folder with their sizes in bytes, by name; an absent folder is empty."""
-        try:
-            entries = self._fs.ls(self.path(*parts), detail=True)
-        except FileNotFoundError:
-            return {}
+        """Return the files in a folder with their sizes in bytes, by name; an absent folder is empty.
+
+        Raises
+        ------
+        StoreError
+            When it cannot be listed.
+        """
+        with self._named("list", *parts):
+            try:
+                entries = self._fs.ls(self.path(*parts), detail=True)
+            except FileNotFoundError:
+                self._check_there()
+                return {}
         files = (entry for entry in entries if entry["type"] == "file")
         return {posixpath.basename(entry["name"]): int(entry["size"]) for entry in files}
 
@@ -191,10 +226,8 @@ class Store:
         StoreError
             When there is none, or it cannot be read.
         """
-        try:
+        with self._named("read", *parts):
             return bytes(self._fs.cat_file(self.path(*parts)))
-        except OSError as exc:
-            raise StoreError(f"cannot read {self.url_of(*parts)}: {exc}", url=self.url_of(*parts)) from exc
 
     def read_json(self, *parts: str) -> dict[str, Any] | None:
         """Read a JSON object; ``None`` where there is no such file, or something else is in it."""
@@ -213,12 +246,13 @@ class Store:
             When it cannot be written; the file of that name is then as it was before.
         """
         target = self.path(*parts)
-        try:
+        with self._named("write", *parts):
+            self._check_there()
             self._make_folders(posixpath.dirname(target))
             if self._is_object_store:
                 self._fs.pipe_file(target, data)
                 return
-            beside = f"{target}.{uuid.uuid4().hex}.part"
+            beside = f"{target}.{uuid.uuid4().hex}.part"  # see _UNFINISHED
             try:
                 with self._create(beside) as file:
                     file.write(data)
@@ -227,9 +261,6 @@ class Store:
             except BaseException:
                 self._discard(beside)
                 raise
-        except OSError as exc:
-            url = self.url_of(*parts)
-            raise StoreError(f"cannot write {url}: {exc}. Nothing was left behind.", url=url) from exc
 
     def open_file(self, *parts: str) -> IO[bytes]:
         """Open a file to write it bit by bit; others may see it before it is whole. Its folder is made.
@@ -239,6 +270,7 @@ class Store:
         OSError
             When that cannot be.
         """
+        self._check_there()
         path = self.path(*parts)
         self._make_folders(posixpath.dirname(path))
         return self._create(path)
@@ -255,20 +287,22 @@ class Store:
         StoreError
             When it cannot be made.
         """
-        try:
+        with self._named("make the folder", *parts):
+            self._check_there()
             self._make_folders(self.path(*parts))
-        except OSError as exc:
-            url = self.url_of(*parts)
-            raise StoreError(f"cannot make the folder {url}: {exc}", url=url) from exc
 
     def delete(self, *parts: str) -> None:
-        """Remove a file or a folder with all that is in it; an absent one is fine."""
+        """Remove a file or a folder with all that is in it; an absent one is fine.
+
+        Raises
+        ------
+        StoreError
+            When it cannot be removed.
+        """
         if not parts:
             raise ParamError("name what to delete: the Store itself is never deleted", param="parts")
-        try:
+        with self._named("delete", *parts), contextlib.suppress(FileNotFoundError):
             self._fs.rm(self.path(*parts), recursive=True)
-        except FileNotFoundError:
-            return
 
     def delete_if_empty(self, *parts: str) -> None:
         """Remove a folder that has nothing in it; one that is not empty, or absent, stays as it is."""
@@ -310,7 +344,7 @@ class Store:
         try:
             self.publish_bytes(b"", probe)
             self.delete(probe)
-        except (StoreError, OSError) as exc:
+        except StoreError as exc:
             raise StoreError(
                 f"the Store '{self.url}' is not writable: {exc.__cause__ or exc}. Give a folder that the driver and"
                 " all executors can write.",
@@ -351,10 +385,23 @@ class Store:
             self._fs.mv(source, target)
 
     def _discard(self, path: str) -> None:
-        try:
+        with contextlib.suppress(Exception):  # what went wrong before is what is to be told
             self._fs.rm_file(path)
-        except OSError:
-            return
+
+    def _check_there(self) -> None:
+        if self._needed is not None and not self._fs.exists(self._needed):
+            raise FileNotFoundError(
+                errno.ENOENT, "the folder has gone, or its file system is no longer mounted", self._needed
+            )
+
+    @contextlib.contextmanager
+    def _named(self, act: str, *parts: str) -> Iterator[None]:
+        """Turn what a file system raises into a :class:`StoreError` with the address."""
+        url = self.url_of(*parts)
+        try:
+            yield
+        except Exception as exc:  # each file system's library has errors of its own
+            raise StoreError(f"cannot {act} {url}: {str(exc) or type(exc).__name__}", url=url) from exc
 
 
 def _normalize(url: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from hvdspark.estimators.keras.spec import KerasSpec
 
 from hvdspark.errors import ParamError, StoreError
 from hvdspark.plan import FitPlan
+from hvdspark.runs import run_folder
 from hvdspark.store import Store
 from hvdspark.worker.checkpoint import Checkpoints
 from hvdspark.worker.session import Session
@@ -70,7 +72,7 @@ class States:
         self._rate = rate
         self._checkpoints = checkpoints
         context = session.context
-        store = Store.from_ref(plan.store)
+        store = Store.from_ref(plan.store).within(run_folder(plan.run_id))
         self._files = StateFiles(store, plan.run_id, context.rank, context.size, spec.keep_checkpoints)
         latest = self._files.latest(self._fits) if session.is_first else None
         self._latest = int(session.gather(-1 if latest is None else latest, "hvdspark_resume")[0])
@@ -115,25 +117,42 @@ class States:
 
     def keep(self, place: Place) -> None:
         """Write a state; where that fails, the training goes on all the same, and earlier states are there still."""
-        error: Exception | None = None
+        error: StoreError | None = None
         try:
             self._files.write_own(place.step, self._snapshot.own())
-        except (OSError, StoreError) as exc:
+        except StoreError as exc:
             error = exc
         is_incomplete = self._session.any(error is not None, "hvdspark_state")
-        if self._session.is_first and not is_incomplete:
-            try:
-                # On another number of ranks only a whole epoch can be gone on from.
-                epoch = place.step - place.step % self._plan.steps_per_epoch
-                self._files.publish(place.step, self._snapshot.shared(), self._info(place), spared=epoch)
-            except (OSError, StoreError) as exc:
-                error = exc
+        if self._session.is_first:
+            error = error or (None if is_incomplete else self._publish(place))
+            if error is not None or is_incomplete:
+                self._discard(place)
         if error is not None:
             logger.warning("no checkpoint of step %d: %s", place.step, error)
 
+    def _publish(self, place: Place) -> StoreError | None:
+        if self._checkpoints.is_behind:
+            # Who goes on from there would take an older model for the best.
+            return StoreError("the best model could not be written", url="")
+        # On another number of ranks only a whole epoch can be gone on from.
+        epoch = place.step - place.step % self._plan.steps_per_epoch
+        try:
+            self._files.publish(place.step, self._snapshot.shared(), self._info(place), spared=epoch)
+        except StoreError as exc:
+            return exc
+        return None
+
+    def _discard(self, place: Place) -> None:
+        """Make room: what is left of a state helps nobody."""
+        with contextlib.suppress(StoreError):
+            self._files.discard(place.step)
+
     def clear(self) -> None:
         """Remove all states: the model is in the Store."""
-        self._files.clear()
+        try:
+            self._files.clear()
+        except StoreError as exc:
+            logger.warning("checkpoints are left: %s", exc)
 
     def _fits(self, step: int, info: Mapping[str, Any]) -> bool:
         """Whether a state can be gone on from: within an epoch only where every rank has the same rows left."""

@@ -30,6 +30,7 @@ from hvdspark.estimators.keras.states import Place, States
 from hvdspark.data.shardcache import CacheRoom
 from hvdspark.launch import gpus
 from hvdspark.plan import FitPlan, ModelTensor, ShardPlan, TrainResult
+from hvdspark.runs import run_folder
 from hvdspark.store import Store
 from hvdspark.worker import pulse
 from hvdspark.worker.checkpoint import Checkpoints
@@ -83,8 +84,8 @@ class _Training:
         self._session = session
         self._phases: dict[str, float] = {}
         self._epoch = "no epoch yet"
-        self._store = Store.from_ref(plan.store)
-        self._checkpoints = Checkpoints(self._store, plan.run_id, codec.SUFFIX, spec.best_of)
+        store = Store.from_ref(plan.store).within(run_folder(plan.run_id))
+        self._checkpoints = Checkpoints(store, plan.run_id, codec.SUFFIX, spec.best_of)
         self._clock = StepClock()
         room = CacheRoom(session.context.local_size)
         passes = -(-plan.epochs * plan.steps_per_epoch // plan.train.steps)

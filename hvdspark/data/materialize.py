@@ -98,7 +98,7 @@ def materialize(
         store.publish_bytes(manifest.to_json().encode(), dataset, MANIFEST)
     except BaseException:
         # What went wrong must not be hidden by what its cleaning up meets.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(StoreError):
             store.delete(dataset)
         raise
     return dataset, manifest

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import posixpath
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from hvdspark.errors import ParamError, closest
+from hvdspark.errors import ParamError, StoreError, closest
 from hvdspark.runs import run_folder
 from hvdspark.store import Store
+
+logger = logging.getLogger(__name__)
 
 MODEL = "model"
 
@@ -45,7 +48,8 @@ class BestOf:
 class Checkpoints:
     """The models of a run: after every epoch the last one, and the best so far where that is wanted.
 
-    Only rank 0 has one of these.
+    Only rank 0 has one of these. A model that cannot be written, as on a full disk, is kept in memory and tried again
+    with the next one: the training goes on, and what is published at the end is never an older model.
 
     Parameters
     ----------
@@ -59,10 +63,17 @@ class Checkpoints:
 
     def __init__(self, store: Store, run_id: str, suffix: str, best_of: BestOf | None = None) -> None:
         self._store = store
+        self._run_id = run_id
         self._folder = run_folder(run_id)
         self._suffix = suffix
         self._best_of = best_of
         self._best_value = math.nan
+        self._unwritten: dict[str, bytes] = {}
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the best model is not in the Store yet, so that another attempt would not find it."""
+        return "best" in self._unwritten
 
     @property
     def best_value(self) -> float:
@@ -91,18 +102,43 @@ class Checkpoints:
         data = serialize()
         self.save_last(data)
         if self._best_of is not None and self._improves(logs):
-            self._store.publish_bytes(data, self._path("best"))
+            self._write("best", data)
+        elif self.is_behind:
+            self._write("best", self._unwritten["best"])
 
     def save_last(self, data: bytes) -> None:
         """Keep a model as the last one."""
-        self._store.publish_bytes(data, self._path("last"))
+        self._write("last", data)
 
     def publish(self) -> str:
-        """Make the kept model the run's result; returns its path, relative to the Store."""
+        """Make the kept model the run's result; returns its path, relative to the Store.
+
+        Raises
+        ------
+        StoreError
+            When it cannot be written.
+        """
         target = posixpath.join(self._folder, MODEL + self._suffix)
         kept = "last" if self._best_of is None else "best"
-        self._store.publish_bytes(self._store.read_bytes(self._path(kept)), target)
+        try:
+            data = self._unwritten.get(kept)
+            self._store.publish_bytes(self._store.read_bytes(self._path(kept)) if data is None else data, target)
+        except StoreError as exc:
+            raise StoreError(
+                f"{exc}. The model is trained, but not in the Store: when that has room and can be reached again, fit"
+                f" with run_id='{self._run_id}' goes on from the last checkpoint",
+                url=exc.url,
+            ) from exc
         return target
+
+    def _write(self, name: str, data: bytes) -> None:
+        try:
+            self._store.publish_bytes(data, self._path(name))
+        except StoreError as exc:
+            self._unwritten[name] = data
+            logger.warning("the %s model is kept in memory until it can be written: %s", name, exc)
+        else:
+            self._unwritten.pop(name, None)
 
     def _path(self, name: str) -> str:
         return posixpath.join(self._folder, "checkpoints", name + self._suffix)

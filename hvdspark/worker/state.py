@@ -83,7 +83,7 @@ class StateFiles:
         self._keep = keep
 
     def write_own(self, step: int, arrays: Arrays) -> None:
-        """Write what this rank has for itself; raises :class:`OSError` or :class:`StoreError` when it cannot."""
+        """Write what this rank has for itself; raises :class:`StoreError` when it cannot."""
         self._write(self._place(step, _own_name(self._rank)), arrays)
 
     def publish(self, step: int, arrays: Arrays, info: Mapping[str, Any], spared: int = -1) -> None:
@@ -102,16 +102,21 @@ class StateFiles:
 
         Raises
         ------
-        OSError, StoreError
+        StoreError
             When it cannot be written; earlier states are there still.
         """
         self._write(self._place(step, _SHARED), arrays)
         files = [_SHARED, *(_own_name(rank) for rank in range(self._size))]
         manifest = {"version": _VERSION, "step": step, "files": files, "info": dict(info)}
         self._store.publish_bytes(json.dumps(manifest).encode(), self._place(step, _MANIFEST))
-        for old in [found for found in self._steps() if found < step][: -(self._keep - 1) or None]:
-            if old != spared:
-                self._store.delete(self._place(old))
+        before = [found for found in self._steps() if found < step]
+        whole = [found for found in before if self._store.exists(self._place(found, _MANIFEST))]
+        for old in set(before) - set(whole[max(0, len(whole) - self._keep + 1) :]) - {spared}:
+            self._store.delete(self._place(old))
+
+    def discard(self, step: int) -> None:
+        """Remove what there is of a state that could not be written; raises :class:`StoreError` when it cannot."""
+        self._store.delete(self._place(step))
 
     def latest(self, fits: Callable[[int, Mapping[str, Any]], bool] = lambda *_: True) -> int | None:
         """Return the step of the last state that is whole and fits.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -139,3 +139,63 @@ def test_an_epoch_whose_model_cannot_be_serialized_keeps_the_one_before(store: S
     with pytest.raises(RuntimeError):
         checkpoints.save({"loss": 1.0}, fail)
     assert store.read_bytes(checkpoints.publish()) == b"first"
+
+
+@pytest.fixture
+def blocked(store: Store) -> Callable[[bool], None]:
+    """Let nothing be written where checkpoints go, or let it again."""
+    folder = Path(store.path(run_folder("run"), "checkpoints"))
+    aside = folder.with_name("aside")
+
+    def block(wanted: bool) -> None:
+        if wanted:
+            if folder.exists():
+                folder.rename(aside)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.write_bytes(b"in the way")
+        else:
+            folder.unlink()
+            if aside.exists():
+                aside.rename(folder)
+
+    return block
+
+
+def test_a_model_that_cannot_be_written_is_written_with_the_next_one(
+    store: Store, blocked: Callable[[bool], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = Checkpoints(store, "run", ".txt", BestOf("loss"))
+    checkpoints.save({"loss": 3.0}, lambda: b"old")
+    blocked(True)
+    checkpoints.save({"loss": 1.0}, lambda: b"best")
+    assert checkpoints.is_behind
+    assert "the best model is kept in memory until it can be written: cannot write" in caplog.text
+    blocked(False)
+    checkpoints.save({"loss": 2.0}, lambda: b"worse")
+    assert not checkpoints.is_behind
+    folder = run_folder("run")
+    assert store.read_bytes(folder, "checkpoints", "best.txt") == b"best"
+    assert store.read_bytes(checkpoints.publish()) == b"best"
+
+
+@pytest.mark.parametrize("best_of", [None, BestOf("loss")])
+def test_an_older_model_is_never_published_in_place_of_one_that_could_not_be_written(
+    store: Store, blocked: Callable[[bool], None], best_of: BestOf | None
+) -> None:
+    checkpoints = Checkpoints(store, "run", ".txt", best_of)
+    checkpoints.save({"loss": 3.0}, lambda: b"old")
+    blocked(True)
+    checkpoints.save({"loss": 1.0}, lambda: b"new")
+    assert store.read_bytes(checkpoints.publish()) == b"new"
+
+
+def test_a_model_that_cannot_be_published_is_an_error_that_says_how_to_go_on(store: Store, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(store, "run", ".txt")
+    checkpoints.save({}, lambda: b"x")
+    (tmp_path / "store" / run_folder("run") / "model.txt").mkdir()
+    with pytest.raises(
+        StoreError, match=r"^cannot write .*/model.txt: .*Is a directory.* run_id='run' goes on"
+    ) as caught:
+        checkpoints.publish()
+    assert caught.value.url == store.url_of("runs/run/model.txt")
+    assert store.list("runs/run") == ["checkpoints", "model.txt"]

@@ -180,16 +180,16 @@ def test_a_lease_of_another_host_counts_until_it_is_stale(store: Store) -> None:
 
 def test_a_lease_is_renewed_while_it_is_held(store: Store) -> None:
     written = threading.Event()
-    publish = store.publish_bytes
+    publish = Store.publish_bytes
 
-    def count(data: bytes, *parts: str) -> None:
-        publish(data, *parts)
+    def count(self: Store, data: bytes, *parts: str) -> None:
+        publish(self, data, *parts)
         if threading.current_thread() is not threading.main_thread():
             written.set()
 
     with (
         mock.patch.object(lease, "RENEWAL_S", 0.01),
-        mock.patch.object(store, "publish_bytes", count),
+        mock.patch.object(Store, "publish_bytes", count),
         lease.held(store, FOLDER, "reader"),
     ):
         assert written.wait(30)
@@ -281,4 +281,17 @@ def test_a_lease_that_makes_no_sense_holds_nothing(store: Store) -> None:
         [b"{}", b'{"time": "now", "host": 1}', b"\x80\x04.", b'{"time": 9e99, "host": "x"}']
     ):
         store.publish_bytes(content, FOLDER, "leases", f"reader-{number}.json")
+    assert not lease.is_held(store, FOLDER)
+
+
+def test_a_lease_that_has_ended_is_held_no_longer_though_its_file_could_not_be_removed(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError("out of reach")
+
+    with lease.held(store, FOLDER, "reader"):
+        assert lease.is_held(store, FOLDER)
+        monkeypatch.setattr(store.filesystem, "rm", unreachable)
+    assert store.list(FOLDER, "leases")
     assert not lease.is_held(store, FOLDER)

@@ -249,3 +249,16 @@ def test_a_manifest_names_files_of_its_own_folder_only(store: Store, change: dic
     with pytest.raises(CorruptDatasetError, match=r"manifest\.json"):
         files.load(6)
     assert files.latest() == 3
+
+
+def test_a_state_that_could_not_be_written_takes_no_place_of_a_whole_one(store: Store) -> None:
+    keep(store, 3)
+    keep(store, 6)
+    StateFiles(store, "run", 1, 2).write_own(9, {"own": np.zeros(1)})
+    keep(store, 12)
+    place(store, 12, "manifest.json").unlink()
+    assert StateFiles(store, "run", 0, 2).latest() == 6
+    keep(store, 15)
+    assert sorted(path.name[-2:] for path in place(store, 0, "x").parent.parent.iterdir()) == ["06", "15"]
+    StateFiles(store, "run", 0, 2).discard(15)
+    assert StateFiles(store, "run", 0, 2).latest() == 6

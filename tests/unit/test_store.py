@@ -134,6 +134,11 @@ def modes(root: Path) -> set[str]:
     return {f"{'d' if path.is_dir() else 'f'}{path.stat().st_mode & 0o777:o}" for path in (root, *root.rglob("*"))}
 
 
+def opened_elsewhere(store: Store) -> Store:
+    store.make_folder("runs")
+    return Store.from_ref(store.ref())
+
+
 def fill(store: Store) -> None:
     store.publish_bytes(b"x", "runs", "a", "model")
     store.make_folder("runs", "b", "logs")
@@ -143,13 +148,13 @@ def fill(store: Store) -> None:
 
 @pytest.mark.usefixtures("_open_umask")
 def test_what_is_made_in_a_store_is_the_users_alone(tmp_path: Path) -> None:
-    fill(Store.from_ref(Store.create(tmp_path / "new" / "store").ref()))
+    fill(opened_elsewhere(Store.create(tmp_path / "new" / "store")))
     assert modes(tmp_path / "new") == {"d700", "f600"}
 
 
 @pytest.mark.usefixtures("_open_umask")
 def test_a_team_may_share_a_store_by_its_umask(tmp_path: Path) -> None:
-    fill(Store.from_ref(Store.create(tmp_path / "store", private=False).ref()))
+    fill(opened_elsewhere(Store.create(tmp_path / "store", private=False)))
     assert modes(tmp_path / "store") == {"d775", "f664"}
 
 
@@ -170,3 +175,49 @@ def test_a_password_in_an_address_is_refused_and_not_repeated(url: str) -> None:
 
 def test_an_address_may_name_a_user_or_a_container() -> None:
     assert Store.create("memory://container@account/x:y@z").url == "memory://container@account/x:y@z"
+
+
+@pytest.mark.parametrize("is_folder_there", [False, True], ids=["moved", "unmounted"])
+def test_a_store_that_has_gone_is_neither_made_anew_nor_taken_for_an_empty_one(
+    tmp_path: Path, is_folder_there: bool
+) -> None:
+    folder = tmp_path / "store"
+    Store.create(folder).publish_bytes(b"x", "runs", "a")
+    found = Store.from_ref(Store.create(folder).ref())
+    if is_folder_there:
+        found = found.within("runs")
+    folder.rename(tmp_path / "aside")
+    if is_folder_there:
+        folder.mkdir()
+    with pytest.raises(StoreError, match="has gone, or its file system is no longer mounted"):
+        found.publish_bytes(b"y", "runs", "b")
+    with pytest.raises(StoreError, match="has gone, or its file system is no longer mounted"):
+        found.list("runs")
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["a"]
+
+
+def test_what_a_killed_writer_left_is_no_file_of_the_store(tmp_path: Path) -> None:
+    store = Store.create(tmp_path)
+    store.publish_bytes(b"x", "runs", "a.json")
+    half = Path(store.path("runs", f"model.keras.{'0' * 32}.part"))
+    half.write_bytes(b"half")
+    assert store.list("runs") == ["a.json"]
+
+
+def test_an_error_of_any_kind_of_file_system_is_a_store_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store.create("memory://store")
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise RuntimeError  # as libraries for object stores do, and without a word
+
+    for name in ("makedirs", "pipe_file", "ls", "cat_file", "rm"):
+        monkeypatch.setattr(store.filesystem, name, unreachable)
+    uses = [
+        lambda: store.publish_bytes(b"", "a"),
+        lambda: store.list("a"),
+        lambda: store.read_bytes("a"),
+        lambda: store.delete("a"),
+    ]
+    for use in uses:
+        with pytest.raises(StoreError, match=r"^cannot (write|list|read|delete) .*/store/a: RuntimeError$"):
+            use()
