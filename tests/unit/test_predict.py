@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import datetime
 import decimal
-from collections.abc import Sequence
+import gc
+import sys
+import types
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +19,7 @@ import pytest
 from pyspark.ml.linalg import VectorUDT
 from pyspark.sql import types as T
 
+from hvdspark import predict
 from hvdspark.data.vectors import VECTOR_TYPE
 from hvdspark.errors import NullValueError, ParamError, RaggedArrayError, SchemaError
 from hvdspark.plan import ColumnKind, ColumnSpec, ModelTensor, TensorSpec
@@ -280,3 +286,53 @@ def test_two_outputs_of_one_name_are_refused() -> None:
 def test_an_output_column_that_differs_only_by_case_is_refused() -> None:
     with pytest.raises(SchemaError, match=r"'Y' exists already|'y'"):
         scored_schema(T.StructType().add("y", T.DoubleType()), [out("Y")])
+
+
+class Heavy:
+    """A scorer that refers to itself, so that only a collection of garbage can remove it."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+    def __call__(self, inputs: Sequence[Block]) -> list[Block]:
+        return twice(inputs)
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[weakref.ref[Heavy]]]:
+    """Give a Python worker that has no scorer yet; the list fills with those that it loads, unless they are gone."""
+    found: list[weakref.ref[Heavy]] = []
+
+    def load(payload: bytes) -> Heavy:
+        scorer = Heavy()
+        found.append(weakref.ref(scorer))
+        return scorer
+
+    monkeypatch.setitem(sys.modules, "heavy_scorers", types.SimpleNamespace(load=load))  # type: ignore[misc]
+    monkeypatch.setattr(predict, "_kept", None)
+    yield found
+    gc.unfreeze()
+
+
+def run_task(key: str) -> None:
+    payload: Any = types.SimpleNamespace(value=b"")
+    heavy = replace(plan([out()]), loader="heavy_scorers:load", key=key)
+    [scored] = predict._task_of(heavy, payload, FULL.schema.names)([FULL])
+    assert scored.column(scored.num_columns - 1).to_pylist() == [2.0, 4.0, 6.0]
+
+
+def test_a_worker_loads_a_model_once_and_collections_of_garbage_pass_it_over(loaded: list[weakref.ref[Heavy]]) -> None:
+    run_task("first")
+    run_task("first")
+    assert len(loaded) == 1
+    assert not any(isinstance(found, Heavy) for found in gc.get_objects())
+    assert predict._kept is not None
+    assert predict._kept.scorer is loaded[0]()
+
+
+def test_a_model_goes_when_a_worker_scores_with_another(loaded: list[weakref.ref[Heavy]]) -> None:
+    run_task("first")
+    run_task("second")
+    assert len(loaded) == 2
+    assert loaded[0]() is None
+    assert loaded[1]() is not None
