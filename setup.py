@@ -45,7 +45,8 @@ install_requires = [
 # TensorFlow comes as two distributions that own the same files: to require one would break whoever has the
 # other. So it and Keras belong to the extras: `hvdspark[cpu]` or `hvdspark[gpu]`. The bound is the newest
 # TensorFlow that Horovod 0.28.1 was built and tested against.
-keras = ["keras>=3.10,<4", "h5py>=3.11"]
+# Earlier releases of Keras load files in safe mode that run code all the same.
+keras = ["keras>=3.12,<4", "h5py>=3.11"]
 extras_require = {
     "cpu": [*keras, "tensorflow-cpu>=2.18,<2.22"],
     "gpu": [*keras, "tensorflow[and-cuda]>=2.18,<2.22"],

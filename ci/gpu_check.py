@@ -109,12 +109,13 @@ def run_ranks(job: Job, ranks: int, devices: Sequence[str]) -> list[Any]:
     hidden = {} if devices else {gpus.VISIBLE: ""}
     recipe = recipe_of({"TF_CPP_MIN_LOG_LEVEL": "2", "KERAS_BACKEND": "tensorflow", **hidden}, job.modules)
     payload = cloudpickle.dumps(job)
-    with RendezvousServer(topology.LOOPBACK, [topology.LOOPBACK], ranks) as server:
+    token = secrets.token_hex(16)
+    with RendezvousServer(topology.LOOPBACK, [topology.LOOPBACK], ranks, token) as server:
 
         def rank(number: int) -> Any:
             environment = {
                 **topology.rank_environment(contexts[number]),
-                **gloo_environment(server.address, "lo"),
+                **gloo_environment(server.address, token, "lo"),
                 **gpus.gpu_environment(contexts, given, number, hidden, 1),
                 "NCCL_SOCKET_IFNAME": "lo",
             }

@@ -409,7 +409,7 @@ def _compile(model: keras.Model, spec: KerasSpec) -> None:
     if config.get("loss") is None:
         return
     model.compile(
-        optimizer=config.get("optimizer") or model.optimizer or "rmsprop",
+        optimizer=config.get("optimizer") or getattr(model, "optimizer", None) or "rmsprop",
         loss=config["loss"],
         loss_weights=config.get("loss_weights"),
         metrics=config.get("metrics"),
