@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import IO, TYPE_CHECKING, Any
 
 import cloudpickle
@@ -24,6 +25,7 @@ import pyarrow as pa
 from hvdspark.errors import (
     DataError,
     HvdSparkError,
+    LaunchTimeoutError,
     ParamError,
     RendezvousError,
     SchemaError,
@@ -149,7 +151,7 @@ def run_barrier(
 
     Raises
     ------
-    NotEnoughSlotsError, LaunchError, RendezvousError
+    NotEnoughSlotsError, LaunchTimeoutError, LaunchError, RendezvousError
         When the ranks did not come up.
     ParamError
         When they would talk unprotected in a session that wants protection, see
@@ -169,10 +171,11 @@ def run_barrier(
     reports, feed = reports_of(context), None if fed is None else fed.feed
     stage = _Stage(broadcast, options, driver_host, nonce, token, feed, gpus_per_task, reports)
     frame = spark.range(num_proc, numPartitions=num_proc) if fed is None else fed.frame
-    watch = Watch(context, nonce)
+    watch = Watch(spark, nonce, options.start_timeout_s)
     try:
-        with watch:
-            rows = _run_stage(frame, stage.task, f"hvdspark: {num_proc} ranks")
+        rows = watch.run(partial(_run_stage, frame, stage.task, f"hvdspark: {num_proc} ranks"))
+    except LaunchTimeoutError:
+        raise
     except Exception as exc:
         if watch.given_up:
             raise error_of(watch.given_up, options.logs_url) from exc

@@ -4,6 +4,8 @@ Spark hands over what tasks answer when all of them have. A host that is cut off
 to find out. But tasks report a failure through an accumulator as well, and that arrives as soon as the task ends. The
 others hear the alarm and end within seconds; those that still have not are waited for no longer: the job is cancelled,
 and their executors are replaced, so that another attempt does not go there again.
+
+It also sees to it that a job which Spark does not begin with ends: for ten minutes Spark itself would try in silence.
 """
 
 from __future__ import annotations
@@ -18,21 +20,27 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from py4j.protocol import Py4JError
 
+from hvdspark.errors import LaunchTimeoutError
 from hvdspark.launch.failures import Failure
+from hvdspark.launch.slots import count_slots
 from hvdspark.plan import RankContext
 
 if TYPE_CHECKING:
     from pyspark import Accumulator, SparkContext
+    from pyspark.sql import SparkSession
 
 logger = logging.getLogger(__name__)
 
 # Tasks that can hear the alarm end within seconds of each other; an alarm that has to notice a cut takes up to eleven.
 SILENCE_S = 15.0
-_POLL_S = 0.25
+_POLL_S = 0.1
+_IDLE_POLL_S, _WORTH_A_WORD_S = 1.0, 5.0
+
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True)
@@ -104,28 +112,68 @@ def reports_of(context: SparkContext) -> Accumulator[list[str]]:
 
 
 class Watch:
-    """Watches over one job while it runs; a context manager.
+    """Watches over one job.
 
     Parameters
     ----------
-    context
-        Spark's.
+    session
+        Spark's session.
     nonce
         The job's name, as its tasks report with it.
+    start_timeout_s
+        Seconds that the job may wait while Spark runs no task at all: then nothing that it could wait for goes on.
     silence_s
         Seconds after the first failure until tasks that have not answered are given up.
     """
 
-    def __init__(self, context: SparkContext, nonce: str, silence_s: float = SILENCE_S) -> None:
-        self._context = context
+    def __init__(self, session: SparkSession, nonce: str, start_timeout_s: float, silence_s: float = SILENCE_S) -> None:
+        self._session = session
+        self._context = session.sparkContext
         self._nonce = nonce
         # Spark shows it to people, the nonce it does not.
         self._tag = f"hvdspark-{uuid.uuid4().hex}"
+        self._start_timeout_s = start_timeout_s
         self._silence_s = silence_s
-        self._texts = reports_of(context)
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="hvdspark-watch", daemon=True)
+        self._texts = reports_of(self._context)
+        self._failed_at: float | None = None
+        self._idle_since = self._looked_at = time.monotonic()
+        self._is_waiting = False
         self.given_up: list[Failure] = []
+
+    def run(self, job: Callable[[], _Answer]) -> _Answer:
+        """Run a job of Spark's, which is cancelled when it is given up.
+
+        Raises
+        ------
+        LaunchTimeoutError
+            When Spark did not begin with it.
+        """
+        from pyspark import InheritableThread
+
+        ended, answers, errors = threading.Event(), list[_Answer](), list[Exception]()
+
+        def work() -> None:
+            try:
+                answers.append(job())
+            except Exception as exc:  # noqa: BLE001 - for the thread that waits
+                errors.append(exc)
+            finally:
+                ended.set()
+
+        self._context.addJobTag(self._tag)
+        # In a thread of its own, because Spark does not always let go of a job that it has not begun with.
+        thread = InheritableThread(target=work, name="hvdspark job", daemon=True, session=self._session)
+        try:
+            thread.start()
+            while not ended.wait(_POLL_S):
+                self._look()
+            if errors:
+                raise errors[0]
+            return answers[0]
+        finally:
+            self._context.removeJobTag(self._tag)
+            for text in self._own_texts:
+                self._texts.value.remove(text)
 
     @property
     def reports(self) -> list[Report]:
@@ -136,26 +184,31 @@ class Watch:
     def _own_texts(self) -> list[str]:
         return [text for text in tuple(self._texts.value) if Report.from_text(text).nonce == self._nonce]
 
-    def __enter__(self) -> Self:
-        self._context.addJobTag(self._tag)
-        self._thread.start()
-        return self
+    def _look(self) -> None:
+        """See whether there is anything left to wait for."""
+        now = time.monotonic()
+        if self._failed_at is None and self.reports:
+            self._failed_at = now
+        if self._failed_at is not None and now - self._failed_at > self._silence_s and not self.given_up:
+            self._give_up(self.reports)
+        if now - self._looked_at < _IDLE_POLL_S:
+            return
+        self._looked_at = now
+        if self._failed_at is not None or _running_tasks(self._context):
+            self._idle_since = now
+        elif now - self._idle_since > self._start_timeout_s:
+            self._cancel()
+            raise LaunchTimeoutError(
+                f"Spark began with none of the job's tasks within {self._start_timeout_s:g} s, though it runs no other;"
+                f" it can run {count_slots(self._session)} tasks at once. An executor may be gone or excluded since the"
+                " slots were counted; Spark's own log tells more."
+            )
+        elif now - self._idle_since > _WORTH_A_WORD_S and not self._is_waiting:
+            self._is_waiting = True
+            logger.info("waiting for Spark to begin with the ranks' tasks")
 
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-        self._context.removeJobTag(self._tag)
-        for text in self._own_texts:
-            self._texts.value.remove(text)
-
-    def _watch(self) -> None:
-        since: float | None = None
-        while not self._ended.wait(_POLL_S):
-            if since is None and self.reports:
-                since = time.monotonic()
-            if since is not None and time.monotonic() - since > self._silence_s:
-                self._give_up(self.reports)
-                return
+    def _cancel(self) -> None:
+        _quietly(lambda: self._context.cancelJobsWithTag(self._tag))
 
     def _give_up(self, reports: Sequence[Report]) -> None:
         """Cancel the job, and say which ranks never answered."""
@@ -173,7 +226,7 @@ class Watch:
                 " off from the network, or hang"
             )
             self.given_up.append(Failure(*place, "died", text, time=time.time()))
-        _quietly(lambda: self._context.cancelJobsWithTag(self._tag))
+        self._cancel()
         for executor in {running[partition] for partition in silent}:
             logger.warning("executor %s does not answer; asking for another in its place", executor)
             # Until Spark notices by itself, it would send it tasks.
@@ -186,6 +239,12 @@ def _executors(context: SparkContext, stage: int) -> dict[int, str]:
     tasks = store.taskList(stage, store.lastStageAttempt(stage).attemptId(), 1 << 20)
     found = [tasks.apply(number) for number in range(tasks.length())]
     return {task.partitionId(): task.executorId() for task in found if task.status() == "RUNNING"}
+
+
+def _running_tasks(context: SparkContext) -> int:
+    """Count the tasks that run now, of all jobs."""
+    stages = _scala(context).statusStore().activeStages()
+    return sum(stages.apply(number).numActiveTasks() for number in range(stages.length()))
 
 
 def _scala(context: SparkContext) -> Any:
