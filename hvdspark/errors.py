@@ -20,6 +20,7 @@
     │   └── LaunchTimeoutError
     ├── WorkerFailedError             a rank failed while it ran
     ├── NonFiniteLossError            within a rank: the loss or its gradients are NaN or infinite
+    ├── RankMismatchError             within a rank: it does not do what the others do
     ├── PeerLostError                 within a rank: another one is gone
     └── ModelFormatError              a model or estimator cannot be saved or loaded
 
@@ -255,6 +256,18 @@ class NonFiniteLossError(HvdSparkError):
 
     epoch: int
     step: int
+    ranks: tuple[int, ...]
+
+
+class RankMismatchError(HvdSparkError):
+    """Ranks have models or gradients of different shapes, so that there is nothing to average.
+
+    Attributes
+    ----------
+    ranks : tuple of int
+        The ranks that differ from most others.
+    """
+
     ranks: tuple[int, ...]
 
 

@@ -113,6 +113,8 @@ def recorded(store: Store, run_id: str) -> Iterator[None]:
     """Keep a record of what becomes of a run in the block; errors of the block go through."""
     record = RunRecord(run_id, "running", time.time())
     _write(store, record)
+    # A Store that goes meanwhile is not made anew for a note.
+    store = store.within(run_folder(run_id))
     try:
         yield
     except BaseException as exc:

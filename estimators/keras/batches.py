@@ -110,6 +110,8 @@ class Batches:
             cache=plan.cache if passes > 1 else "none",
             room=room,
         )
+        self.error: Exception | None = None
+        """What reading failed with; TensorFlow makes another error of it."""
         self._dtypes = [spec.dtype for spec in _signature(plan.batch, self._specs)]
         self.signature = _signature(self._stored, self._specs)
         """What a chunk holds: flat tensors whose first dimension is the rows, in the dtypes of the columns."""
@@ -180,10 +182,14 @@ class Batches:
     def _chunks(self, passes: int, filler: Sequence[tuple[Block, ...]], first: int) -> Iterator[tuple[Block, ...]]:
         """Yield the rank's rows, pass after pass, and the filler at the end of each."""
         number, skipped = divmod(first, self._shards.steps)
-        for blocks in self._source.passes(range(number, passes), self._chunk_rows):
-            chunks = itertools.chain((_tensors(item, self._stored) for item in blocks), filler)
-            yield from _without(chunks, skipped, self._shards.batch_rows)
-            skipped = 0
+        try:
+            for blocks in self._source.passes(range(number, passes), self._chunk_rows):
+                chunks = itertools.chain((_tensors(item, self._stored) for item in blocks), filler)
+                yield from _without(chunks, skipped, self._shards.batch_rows)
+                skipped = 0
+        except Exception as exc:
+            self.error = exc
+            raise
 
     def _filler(self) -> tuple[Block, ...]:
         return _tensors(stack(self._one_row(), self._stacks), self._stored)

@@ -66,8 +66,16 @@ class StepFeed:
             # What was used up goes before the next one comes.
             self._chunk = None
             with waiting or nullcontext():
-                self._chunk = next(self._chunks)
+                self._chunk = self._next()
             self._taken, self._held = 0, self._batches.steps_in(self._chunk)
         portion = Portion(self._chunk, self._taken, min(most, self._held - self._taken))
         self._taken += portion.count
         return portion
+
+    def _next(self) -> Any:
+        try:
+            return next(self._chunks)
+        except tf.errors.OpError:
+            if self._batches.error is not None:
+                raise self._batches.error from None
+            raise

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from hvdspark.errors import NonFiniteLossError, PeerLostError
+from hvdspark.errors import NonFiniteLossError
 from hvdspark.worker.session import Session
 
 logger = logging.getLogger(__name__)
@@ -258,13 +258,7 @@ class FiniteGuard:
         if not ranks:
             text = f"{where}: the average of the {what} over the ranks is not finite, though that of each rank is"
         error = NonFiniteLossError(f"{text}. {_REMEDY}.", epoch=epoch, step=step, ranks=ranks)
-        if own or not ranks:
-            raise error
-        try:
-            self._session.any(False, "hvdspark_end")
-        except Exception as exc:
-            raise PeerLostError(f"rank {ranks[0]} has ended: {text}") from exc
-        raise error
+        self._session.raise_on(ranks, error)
 
 
 def _nothing() -> tf.Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from hvdspark.estimators.keras.agreement import Agreement
 from hvdspark.estimators.keras.allreduce import DENSE_TABLE_VALUES, Allreduce
 from hvdspark.estimators.keras.finite import FiniteGuard
 
@@ -48,12 +49,21 @@ class GradientReducer:
         Batches whose gradients are averaged locally before they are sent.
     guard
         Decides on averages that are not finite; without one they are applied like any.
+    agreement
+        Is told what is averaged, to compare it with that of other ranks.
     """
 
-    def __init__(self, allreduce: Allreduce, passes_per_step: int = 1, guard: FiniteGuard | None = None) -> None:
+    def __init__(
+        self,
+        allreduce: Allreduce,
+        passes_per_step: int = 1,
+        guard: FiniteGuard | None = None,
+        agreement: Agreement | None = None,
+    ) -> None:
         self._allreduce = allreduce
         self._passes = passes_per_step
         self._guard = guard
+        self._agreement = agreement
         self._step: StepRows | None = None
         self._updates = 0
         self._sums: list[tf.Variable] = []
@@ -130,6 +140,8 @@ class GradientReducer:
     def _send(self, grads: list[Any], variables: Sequence[Any], update: Any) -> None:
         # A user's own step may update more than once.
         self._updates += 1
+        if self._agreement is not None:
+            self._agreement.note(grads)
         averaged = self._allreduce.average(grads, f"hvdspark_gradients_{self._updates}")
         if self._guard is None:
             update(averaged, variables)

@@ -16,6 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from hvdspark.estimators.keras import codec
+from hvdspark.estimators.keras.agreement import Agreement, describe
 from hvdspark.estimators.keras.allreduce import choose_allreduce
 from hvdspark.estimators.keras.batches import ENDLESS, Batches, packer
 from hvdspark.estimators.keras.clock import StepClock
@@ -140,11 +141,12 @@ class _Training:
         variables = self._model.trainable_variables
         if not optimizer.built:
             optimizer.build(variables)
+        self._agreement = Agreement(self._session)
         self._agree([*self._model.weights, *optimizer.variables])
         allreduce = choose_allreduce(spec.allreduce, self._session, variables, spec.compression)
         self._session.settle()
         self._guard = FiniteGuard(spec.on_nan, self._session, optimizer)
-        self._reducer = GradientReducer(allreduce, spec.passes_per_step, self._guard)
+        self._reducer = GradientReducer(allreduce, spec.passes_per_step, self._guard, self._agreement)
         self._reducer.attach(optimizer, variables)
         self._diverge()
         self._pack = packer(self._model, plan.batch)
@@ -159,6 +161,7 @@ class _Training:
             digest.update(np.ascontiguousarray(variable).tobytes())
         found = self._session.gather(int.from_bytes(digest.digest(), "big"), "hvdspark_digests")
         if (found != found[0]).any():
+            self._agreement.check("weights", [f"{variable.path} {describe(variable)}" for variable in variables])
             hvd.broadcast_variables([variable.value for variable in variables], root_rank=0)
 
     def _diverge(self) -> None:
@@ -273,7 +276,8 @@ class _Training:
             portion = feed.take(most, self._clock.waiting())
             callbacks.on_train_batch_begin(step)
             pulse.moved_on(f"{here}, computing")
-            self._train_steps(portion.chunk, portion.start, *self._facts.of(first + step, first + step + portion.count))
+            facts = self._facts.of(first + step, first + step + portion.count)
+            self._train_steps(portion.chunk, portion.start, *facts)
             self._guard.look(epoch, step, steps)
             if self._guard.ended:
                 break
@@ -336,7 +340,18 @@ class _Training:
             tf.TensorSpec((), tf.int32),
             *(tf.TensorSpec((None,), dtype) for dtype in (tf.float32, tf.float32, tf.bool)),
         )
-        return self._compiled(steps, signature)
+        compiled = self._compiled(steps, signature)
+        if compiled is steps:
+            return steps
+
+        def traced(*arguments: Any) -> None:
+            # Not earlier: callbacks may change the model before its first step.
+            compiled.get_concrete_function()
+            self._agreement.check_noted()
+            self._train_steps = compiled
+            compiled(*arguments)
+
+        return traced
 
     def _compiled_validation(self) -> Any:
         if self._val_batches is None:

@@ -213,7 +213,7 @@ def _write_lines(log: IO[bytes], context: RankContext, lines: Iterable[str]) -> 
     try:
         log.writelines(f"[{context}] {line}\n".encode() for line in lines)
         log.flush()
-    except (OSError, ValueError) as exc:
+    except Exception as exc:  # noqa: BLE001 - a Store's own kind of error must not stop the reading of the output
         logger.warning("[%s] cannot write the log: %s", context, exc)
         return False
     return True

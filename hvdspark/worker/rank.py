@@ -14,6 +14,7 @@ import importlib
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -47,6 +48,14 @@ _PEER_MARKS = (
     "Timed out waiting",
     "PeerLostError",
 )
+# What Horovod says on every rank when they do not all do the same: no peer is gone, and it would happen again.
+_MISMATCH = re.compile(r"\bMismatched [\w ]+[:.]")
+
+# What TensorFlow puts before the message of an error: where in the graph it was, and where that was defined.
+_FRAMING = re.compile(r"Graph execution error:|Detected at node |\s|Traceback |$")
+# AutoGraph puts all of an error behind these words and four spaces, the user's lines of code behind eight.
+_IN_USER_CODE = re.compile(r"in user code:\n(?:.*\n)*?    (?!\s|File )(.+)")
+_NODE = re.compile(r"^\{\{[^}]*\}\}\s*")
 
 
 def preload(modules: Iterable[str]) -> None:
@@ -102,6 +111,8 @@ def _run(payload: bytes, own: bytes, pulse: Pulse) -> bool:
 
 
 def _is_peer_error(exc: BaseException) -> bool:
+    if _MISMATCH.search(str(exc)):
+        return False
     names = {cls.__name__ for cls in type(exc).__mro__}
     if names & _PEER_ERRORS:
         return True
@@ -119,8 +130,11 @@ def _users_traceback(exc: BaseException) -> str:
 
 
 def _one_line(exc: BaseException) -> str:
-    message = str(exc).strip().splitlines()
-    return f"{type(exc).__name__}: {message[0]}" if message else type(exc).__name__
+    text = str(exc).strip()
+    wrapped = _IN_USER_CODE.match(text)
+    lines = [wrapped[1]] if wrapped else text.splitlines()
+    telling = [line for line in lines if not _FRAMING.match(line)] or lines
+    return f"{type(exc).__name__}: {_NODE.sub('', telling[0])}" if telling else type(exc).__name__
 
 
 def _finish(succeeded: bool, mpi: Any) -> NoReturn:

@@ -7,13 +7,13 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
-from hvdspark.errors import RendezvousError
+from hvdspark.errors import HvdSparkError, PeerLostError, RendezvousError
 from hvdspark.launch.gloo import close_rendezvous
 from hvdspark.plan import RankContext
 from hvdspark.worker.shared_sum import CHUNK_BYTES, SharedSum
@@ -90,6 +90,42 @@ class Session:
     def any(self, flag: bool, name: str) -> bool:
         """Whether the flag is set on any rank."""
         return bool(self.sum(np.array([float(flag)]), name)[0] > 0)
+
+    def gather_texts(self, text: str, name: str) -> list[str]:
+        """Return a text of every rank, by rank; parameters as of :meth:`sum`."""
+        data = np.frombuffer(text.encode(), np.uint8)
+        lengths = self.gather(len(data), f"{name}_lengths").astype(int)
+        table = np.zeros((self.context.size, int(lengths.max())))
+        table[self.context.rank, : len(data)] = data
+        found = self.sum(table.reshape(-1), name).reshape(table.shape).astype(np.uint8)
+        return [row[:length].tobytes().decode() for row, length in zip(found, lengths, strict=True)]
+
+    def raise_on(self, ranks: Sequence[int], error: HvdSparkError) -> NoReturn:
+        """Raise an error that all ranks have come to know of, on those of them that caused it.
+
+        The others wait for the end of these, as for that of any rank that fails: the driver is told who is to blame.
+
+        Parameters
+        ----------
+        ranks
+            Who caused it; where nobody did, it is raised on all.
+        error
+            What it is.
+
+        Raises
+        ------
+        HvdSparkError
+            The error.
+        PeerLostError
+            On the other ranks.
+        """
+        if not ranks or self.context.rank in ranks:
+            raise error
+        try:
+            self.any(False, "hvdspark_end")
+        except Exception as exc:
+            raise PeerLostError(f"rank {ranks[0]} has ended: {error}") from exc
+        raise error
 
     def open_shared_sum(self, chunk_bytes: int = CHUNK_BYTES) -> SharedSum:
         """Open memory that all ranks, being on one host, share.

@@ -19,6 +19,7 @@ FIELDS = {
     errors.NotEnoughSlotsError: {"needed": 4, "available": 2},
     errors.WorkerFailedError: {"failures": {1: "ValueError: x"}, "root_cause": 1, "log_tail": "x", "is_passing": False},
     errors.NonFiniteLossError: {"epoch": 1, "step": 6, "ranks": (1,)},
+    errors.RankMismatchError: {"ranks": (1,)},
     errors.StageLostError: {"is_passing": True},
 }
 

@@ -32,6 +32,9 @@ class Session:
     def gather(self, value: float, name: str) -> np.ndarray:
         return np.array([value, *self.others])
 
+    def raise_on(self, ranks: Sequence[int], error: Exception) -> None:
+        raise error
+
 
 def guard(policy: str, *others: float, optimizer: Any = None) -> FiniteGuard:
     return FiniteGuard(policy, Session(*others), optimizer)  # type: ignore[arg-type]

@@ -53,6 +53,7 @@ FORBIDDEN = {
 # These run in the training process, where pyspark has no business.
 IN_THE_RANK = (
     "trainer",
+    "agreement",
     "allreduce",
     "batches",
     "clock",
