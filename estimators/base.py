@@ -24,7 +24,7 @@ from pyspark.sql.types import StructType
 
 from hvdspark.data import schema
 from hvdspark.errors import ModelFormatError, ParamError
-from hvdspark.launch.barrier import LaunchOptions
+from hvdspark.launch.options import LaunchOptions
 from hvdspark.plan import BatchSpec, CacheMode, ColumnSpec, ModelTensor, TrainResult
 from hvdspark.predict import OutputColumn, ScorePlan, score, scored_schema
 from hvdspark.run import active_session

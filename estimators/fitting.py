@@ -26,7 +26,8 @@ from hvdspark.data.feed import FedStage
 from hvdspark.data.partitions import Split
 from hvdspark.data.planning import FitDraft
 from hvdspark.errors import NotEnoughSlotsError, ParamError, StageLostError, WorkerFailedError
-from hvdspark.launch.barrier import LaunchOptions, run_barrier, warm_up
+from hvdspark.launch.barrier import run_barrier, warm_up
+from hvdspark.launch.options import LaunchOptions
 from hvdspark.launch.slots import await_slots, check_slots, count_slots
 from hvdspark.launch.transport import check_transport
 from hvdspark.plan import BatchSpec, ColumnSpec, FitPlan, TrainResult

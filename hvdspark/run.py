@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import cloudpickle
 
 from hvdspark.errors import LaunchError
-from hvdspark.launch.barrier import LaunchOptions, run_barrier
+from hvdspark.launch.barrier import run_barrier
 from hvdspark.launch.fabric import Rdma
+from hvdspark.launch.options import LaunchOptions
 from hvdspark.launch.slots import count_slots
 from hvdspark.worker.job import Job
 

@@ -14,7 +14,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from hvdspark import Store
 from hvdspark.errors import ParamError, WorkerFailedError
-from hvdspark.launch.barrier import LaunchOptions
+from hvdspark.launch.options import LaunchOptions
 from hvdspark.launch.slots import count_slots
 
 

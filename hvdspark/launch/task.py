@@ -1,0 +1,223 @@
+"""What one task of a barrier stage does: it starts a rank, meets the other tasks, and answers for the rank's end.
+
+The rank's process comes first, and does its imports while the tasks tell each other where they are
+(:mod:`hvdspark.launch.meeting`). They do that once, at the start, and never wait for each other afterwards: a task that
+waits in ``allGather`` for a dead peer can take its executor down. Failures travel as data, because Spark would retry an
+exception blindly; the driver decides what they mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import IO, TYPE_CHECKING, Any
+
+import cloudpickle
+import pyarrow as pa
+
+from hvdspark.errors import DataError, HvdSparkError, RendezvousError, SchemaError
+from hvdspark.launch import control, devices, fabric, gpus, topology
+from hvdspark.launch.alarm import Alarm, AlarmServer
+from hvdspark.launch.child import Child, Patience
+from hvdspark.launch.failures import Failure, Outcome
+from hvdspark.launch.guard import STACKS
+from hvdspark.launch.meeting import Agreement, Offer, agree, exchange
+from hvdspark.launch.options import LaunchOptions
+from hvdspark.launch.watch import report
+from hvdspark.plan import RankContext
+from hvdspark.store import Store
+
+if TYPE_CHECKING:
+    from pyspark import Accumulator, BarrierTaskContext
+
+    from hvdspark.data.feed import RowFeed, TakenRows
+
+logger = logging.getLogger(__name__)
+
+# What a task answers.
+SCHEMA = "rank long, result binary, failure string"
+
+_MEET_TIMEOUT_S = 60.0
+_FED_TIMEOUT_S = 7 * 86400.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the tasks of the stage need; travels to every one of them."""
+
+    broadcast: Any
+    options: LaunchOptions
+    driver_host: str
+    nonce: str
+    token: str = field(repr=False)
+    feed: RowFeed | None
+    gpus_per_task: float
+    reports: Accumulator[list[str]]
+
+    def task(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Be one task: run a rank, and answer with its result or its failure."""
+        from pyspark import BarrierTaskContext
+
+        barrier = BarrierTaskContext.get()
+        ranks, outcome = self._run(barrier, batches)
+        own, failure = barrier.partitionId(), None
+        if outcome.failure is not None:
+            failure = outcome.failure.to_json()
+            self.reports.add([report(self.nonce, barrier.stageId(), own, ranks, outcome.failure)])
+        columns = {"rank": [ranks[own].rank], "result": [outcome.result], "failure": [failure]}
+        schema = pa.schema([("rank", pa.int64()), ("result", pa.binary()), ("failure", pa.string())])
+        yield pa.RecordBatch.from_pydict(columns, schema=schema)
+
+    def _run(
+        self, barrier: BarrierTaskContext, batches: Iterable[pa.RecordBatch]
+    ) -> tuple[Mapping[int, RankContext], Outcome]:
+        """Start this task's rank, take its rows and meet the other tasks meanwhile, then run it to its end.
+
+        Returns the places of all ranks, by partition, and how this one ended.
+        """
+        options, own, peers = self.options, barrier.partitionId(), peers_of(barrier)
+        # By Spark's names: who is on one machine is known when the tasks have met.
+        ranks = topology.assign_ranks(peers)
+        context = ranks[own]
+        with Child(options.recipe(context), warm=options.warm_pool) as child, contextlib.ExitStack() as stack:
+            servers: dict[str, control.Server | AlarmServer] = {}
+            rows = None
+            try:
+                hindrance = self._mpi_hindrance(context)
+                rows = self._take(batches, stack)
+                address = devices.own_address(peers[own].host, self.driver_host, options.nics)
+                peers[own] = dataclasses.replace(peers[own], address=address)
+                if context.rank == 0:
+                    servers = self._open_servers(peers, own, stack)
+                offer = Offer(
+                    address=address,
+                    machine=devices.machine(),
+                    servers={name: server.address for name, server in servers.items()},
+                    has_mpi=hindrance is None,
+                    has_rdma=options.controller == "auto" and fabric.has_rdma(),
+                    rows=None if rows is None else rows.report,
+                    gpus=gpus.addresses_of(barrier.resources()),
+                )
+            except (HvdSparkError, OSError) as exc:
+                offer = Offer(error=str(exc))
+            try:
+                offers = exchange(barrier, offer, self.nonce, self._patience_s)
+                agreed = agree(peers, offers, options.controller)
+                ranks = topology.assign_ranks(agreed.peers)
+                context = ranks[own]
+                control.admit(servers.values(), agreed.peers)
+                alarm = stack.enter_context(Alarm(agreed.alarm, self.token, context.rank, _hosts(ranks)))
+                interface = devices.interface_of(topology.meeting_address(agreed.peers, own))
+                network = self._network(agreed, interface, context)
+                given = [offer.gpus for offer in offers]
+                own_gpus = gpus.gpu_environment(ranks, given, own, options.env, self.gpus_per_task)
+                plan = b"" if rows is None else _planned(rows, agreed.peers, offers)
+            except (RendezvousError, DataError, SchemaError, OSError) as exc:
+                return ranks, Outcome(failure=Failure.before(exc, context))
+            scratch = stack.enter_context(_scratch(options))
+            environment = {
+                **network,
+                **own_gpus,
+                **options.variables(context),
+                "TMPDIR": scratch,
+                STACKS: f"{scratch}/stacks",
+                **topology.rank_environment(context),
+                **control.environment_of(agreed.plane, agreed.meeting, self.token, interface),
+            }
+            with _log_file(options, context) as log:
+                patience = Patience(options.start_timeout_s, options.stall_timeout_s or None)
+                payload = self.broadcast.value
+                return ranks, child.run(payload, context, environment, log, patience, plan, alarm)
+
+    def _mpi_hindrance(self, context: RankContext) -> str | None:
+        """Say why MPI cannot be here; raises :class:`RendezvousError` where it must be."""
+        # Looked for only where it decides: finding a library can take a process of its own.
+        hindrance = None if self.options.controller == "gloo" else control.mpi_hindrance()
+        if hindrance is not None and self.options.controller == "mpi":
+            raise RendezvousError(f"controller='mpi' cannot be on {context.host}: {hindrance}, or use 'gloo'")
+        return hindrance
+
+    def _open_servers(
+        self, peers: list[topology.Peer], own: int, stack: contextlib.ExitStack
+    ) -> dict[str, control.Server | AlarmServer]:
+        """Open what the ranks meet at, and the alarm, by name; they admit nobody yet."""
+        servers = control.open_servers(self.options.controller, peers, own, self.token, stack)
+        alarm = AlarmServer(topology.meeting_address(peers, own), (), len(peers), self.token)
+        return {**servers, "alarm": stack.enter_context(alarm)}
+
+    def _network(self, agreed: Agreement, interface: str, context: RankContext) -> dict[str, str]:
+        """Return what the rank and its libraries are told of the network."""
+        options, on_one_host = self.options, context.local_size == context.size
+        settings = fabric.fabric_environment(
+            interface,
+            [] if on_one_host and options.rdma == "auto" else fabric.rdma_ports(),
+            options.rdma,
+            options.nics,
+            host=context.host,
+            has_peer_memory=fabric.has_peer_memory(),
+        )
+        transport = fabric.describe(settings, on_one_host=on_one_host)
+        return {**settings, fabric.NETWORK: f"controller {agreed.plane} ({agreed.reason}), {transport}"}
+
+    def _take(self, batches: Iterable[pa.RecordBatch], stack: contextlib.ExitStack) -> TakenRows | None:
+        """Take the rows that came with the task, where it is for them that it runs."""
+        if self.feed is not None:
+            return stack.enter_context(self.feed.taken(batches))
+        for _ in batches:
+            pass
+        return None
+
+    @property
+    def _patience_s(self) -> float:
+        """Seconds to wait for the other tasks: those that take rows come when Spark has computed them."""
+        return _FED_TIMEOUT_S if self.feed is not None else max(self.options.start_timeout_s, _MEET_TIMEOUT_S)
+
+
+def _planned(rows: TakenRows, peers: Sequence[topology.Peer], offers: Sequence[Offer]) -> bytes:
+    """Plan the fit on the rows of all tasks; returns the plan as the rank's own argument."""
+    ranks = topology.assign_ranks(peers)
+    order = sorted(range(len(offers)), key=lambda partition: ranks[partition].rank)
+    return bytes(cloudpickle.dumps((rows.plan([offers[partition].rows or "" for partition in order]),)))
+
+
+def peers_of(barrier: BarrierTaskContext) -> list[topology.Peer]:
+    """List the tasks by where Spark put them; at which addresses they can be reached is what they tell each other."""
+    hosts = [info.address.rpartition(":")[0] or "localhost" for info in barrier.getTaskInfos()]
+    return [topology.Peer(partition, host, "") for partition, host in enumerate(hosts)]
+
+
+def _hosts(ranks: Mapping[int, RankContext]) -> list[str]:
+    """List the hosts by rank."""
+    return [context.host for context in sorted(ranks.values(), key=lambda context: context.rank)]
+
+
+def _scratch(options: LaunchOptions) -> tempfile.TemporaryDirectory[str]:
+    """Make the rank's folder for temporary files, which one that is killed cannot remove itself."""
+    place = options.env.get("TMPDIR")
+    return tempfile.TemporaryDirectory(prefix="hvdspark-rank-", dir=place, ignore_cleanup_errors=True)
+
+
+@contextlib.contextmanager
+def _log_file(options: LaunchOptions, context: RankContext) -> Iterator[IO[bytes] | None]:
+    """Open the rank's log in the Store; a Store that fails here must not stop the training."""
+    if options.store is None or options.logs is None:
+        # Spark keeps what its workers print with the executor's own log; in local mode it is the console.
+        yield sys.stderr.buffer
+        return
+    try:
+        store = Store.from_ref(options.store)
+        log = store.open_file(options.logs, f"rank-{context.rank}.log")
+    except (HvdSparkError, OSError) as exc:
+        logger.warning("no log for rank %d: %s", context.rank, exc)
+        yield None
+        return
+    try:
+        yield log
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            log.close()
