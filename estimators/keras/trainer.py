@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,14 +19,16 @@ from hvdspark.estimators.keras import codec
 from hvdspark.estimators.keras.agreement import Agreement, describe
 from hvdspark.estimators.keras.allreduce import choose_allreduce
 from hvdspark.estimators.keras.batches import ENDLESS, Batches, packer
+from hvdspark.estimators.keras.callbacks import callback_list, chosen, watch_batches
 from hvdspark.estimators.keras.clock import StepClock
 from hvdspark.estimators.keras.feeding import StepFeed
-from hvdspark.estimators.keras.finite import FiniteGuard, Undo
+from hvdspark.estimators.keras.finite import FiniteGuard
 from hvdspark.estimators.keras.metrics import current_metrics, global_metrics
-from hvdspark.estimators.keras.optimizer import GradientReducer, LearningRateScale, StepRows
+from hvdspark.estimators.keras.optimizer import GradientReducer, LearningRateScale
 from hvdspark.estimators.keras.snapshot import Snapshot
 from hvdspark.estimators.keras.spec import KerasSpec
 from hvdspark.estimators.keras.states import Place, States
+from hvdspark.estimators.keras.steps import TrainSteps, ValidationSteps, build_metrics
 
 from hvdspark.data.shardcache import CacheRoom
 from hvdspark.launch import gpus
@@ -41,11 +43,6 @@ logger = logging.getLogger(__name__)
 
 # Steps that one call of the compiled function takes, where no callback wants to see each of them.
 STEPS_PER_CALL = 32
-
-# Callbacks that write files; on other ranks than the first they would write the same files at the same time.
-_WRITERS = ("ModelCheckpoint", "TensorBoard", "CSVLogger", "BackupAndRestore", "RemoteMonitor")
-
-_BATCH_HOOKS = ("on_train_batch_begin", "on_train_batch_end", "on_batch_begin", "on_batch_end")
 
 
 def train(plan: FitPlan, spec: KerasSpec) -> TrainResult | None:
@@ -151,8 +148,18 @@ class _Training:
         self._diverge()
         self._pack = packer(self._model, plan.batch)
         self._facts = self._batches.facts(spec.passes_per_step)
-        self._train_steps = self._compiled_training()
-        self._val_steps = self._compiled_validation()
+        self._train_steps = TrainSteps(
+            self._model,
+            self._batches,
+            self._pack,
+            self._reducer,
+            self._guard,
+            self._agreement,
+            idles=plan.train.has_idle_steps,
+            accumulates=spec.passes_per_step > 1,
+        )
+        if self._val_batches is not None:
+            self._val_steps = ValidationSteps(self._model, self._val_batches, self._pack)
 
     def _agree(self, variables: Sequence[Any]) -> None:
         """Give all ranks the first one's variables, should any differ: they come from one file and one seed."""
@@ -192,13 +199,17 @@ class _Training:
     def _epochs(self) -> dict[str, list[float]]:
         """Run all epochs that are left; returns the history of all."""
         plan, session = self._plan, self._session
-        callbacks = self._callbacks()
+        history = keras.callbacks.History()
+        # The history last, as in Keras: it records what the others add to the logs.
+        own = [*chosen(self._spec.callbacks, is_first=session.is_first), history]
+        self._watches_batches = watch_batches(own)
+        callbacks = callback_list(own, self._model, plan.epochs, plan.steps_per_epoch)
         snapshot = Snapshot(self._model, callbacks.callbacks, [*self._reducer.variables, *self._guard.variables])
         self._states = States(plan, self._spec, session, snapshot, self._rate, self._checkpoints)
         self._model.stop_training = False
         callbacks.on_train_begin()
         if self._states.exist:
-            self._build_metrics()
+            build_metrics(self._model, self._batches, self._pack)
         place = self._states.resume()
         steps = plan.steps_per_epoch
         passes = ENDLESS if plan.train_steps_per_epoch else plan.epochs
@@ -214,7 +225,7 @@ class _Training:
                 self._model.reset_metrics()
                 callbacks.on_epoch_begin(epoch)
             self._guard.begin_epoch(anew=anew)
-            self._undo.refresh()
+            self._train_steps.refresh()
             rows = self._run_steps(feed, callbacks, epoch, max(place.step - first, 0))
             if not len(rows):  # the training ended with the epoch before
                 break
@@ -238,7 +249,7 @@ class _Training:
                 self._model.stop_training = True
                 break
         self._finish(callbacks, logs)
-        return dict(self._history.history)
+        return dict(history.history)
 
     def _finish(self, callbacks: Any, logs: Mapping[str, float]) -> None:
         """Let the optimizer and the callbacks have their last word on the weights, as restoring the best ones is."""
@@ -277,7 +288,7 @@ class _Training:
             callbacks.on_train_batch_begin(step)
             pulse.moved_on(f"{here}, computing")
             facts = self._facts.of(first + step, first + step + portion.count)
-            self._train_steps(portion.chunk, portion.start, *facts)
+            self._train_steps.take(portion, *facts)
             self._guard.look(epoch, step, steps)
             if self._guard.ended:
                 break
@@ -307,95 +318,13 @@ class _Training:
         while left:
             pulse.moved_on(f"{self._epoch}, validating, {left} steps left")
             portion = feed.take(left)
-            self._val_steps(portion.chunk, portion.count)
+            self._val_steps.take(portion)
             left -= portion.count
         rank = self._session.context.rank
         rows = sum(shards.rows_at(rank, step) for step in range(steps))
         logs = global_metrics(self._model, self._session, rows, "hvdspark_val_metrics")
         callbacks.on_test_end(logs)
         return logs
-
-    def _compiled_training(self) -> Any:
-        model, reducer, batches, pack = self._model, self._reducer, self._batches, self._pack
-        idles = self._plan.train.has_idle_steps
-        if idles or self._guard.undoes:
-            self._build_metrics()
-        begins = reducer.begins_update if self._spec.passes_per_step > 1 else None
-        self._undo = undo = Undo(model, self._guard, idles=idles, begins=begins)
-
-        # Traced as it is, as Keras does it: AutoGraph's translation of all that is called takes seconds.
-        @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
-        def step(chunk: Any, place: tf.Tensor, index: tf.Tensor, facts: StepRows) -> None:
-            reducer.begin(facts)
-            undo.begin(index)
-            model.train_step(pack(*batches.batch(chunk, place)))
-            undo.end(facts.rows)
-
-        def steps(chunk: Any, start: tf.Tensor, rows: tf.Tensor, total: tf.Tensor, apply: tf.Tensor) -> None:
-            for index in tf.range(tf.size(rows)):
-                step(chunk, start + index, index, StepRows(rows[index], total[index], apply[index]))
-
-        signature = (
-            batches.signature,
-            tf.TensorSpec((), tf.int32),
-            *(tf.TensorSpec((None,), dtype) for dtype in (tf.float32, tf.float32, tf.bool)),
-        )
-        compiled = self._compiled(steps, signature)
-        if compiled is steps:
-            return steps
-
-        def traced(*arguments: Any) -> None:
-            # Not earlier: callbacks may change the model before its first step.
-            compiled.get_concrete_function()
-            self._agreement.check_noted()
-            self._train_steps = compiled
-            compiled(*arguments)
-
-        return traced
-
-    def _compiled_validation(self) -> Any:
-        if self._val_batches is None:
-            return None
-        model, batches, pack = self._model, self._val_batches, self._pack
-
-        @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
-        def step(chunk: Any, place: tf.Tensor) -> None:
-            model.test_step(pack(*batches.batch(chunk, place)))
-
-        def steps(chunk: Any, count: tf.Tensor) -> None:
-            for index in tf.range(count):
-                step(chunk, index)
-
-        return self._compiled(steps, (batches.signature, tf.TensorSpec((), tf.int32)))
-
-    def _compiled(self, steps: Callable[..., None], signature: Any) -> Any:
-        """Compile for chunks of any number of rows; a model that runs eagerly stays as it is."""
-        return steps if self._model.run_eagerly else tf.function(steps, input_signature=signature, jit_compile=False)
-
-    def _build_metrics(self) -> None:
-        """Make the metrics' variables, which Keras does at the first step, before that step is traced."""
-        data = self._pack(*(tf.constant(tensor) for tensor in self._batches.sample()))
-        self._model.test_step(data)
-        self._model.reset_metrics()
-
-    def _callbacks(self) -> Any:
-        """Collect the callbacks of this rank; those that write run on rank 0 alone."""
-        chosen = list(self._spec.callbacks)
-        if not self._session.is_first:
-            chosen = [callback for callback in chosen if not is_writer(callback)]
-        self._history = keras.callbacks.History()
-        self._watches_batches = any(_watches_batches(callback) for callback in chosen)
-        plan = self._plan
-        return keras.callbacks.CallbackList(
-            # Last, as in Keras: it records what the others add to the logs.
-            [*chosen, self._history],
-            add_history=False,
-            add_progbar=False,
-            model=self._model,
-            epochs=plan.epochs,
-            steps=plan.steps_per_epoch,
-            verbose=0,
-        )
 
     def _serialize(self) -> bytes:
         with self._rate.taken_out():
@@ -406,16 +335,6 @@ class _Training:
         start = time.perf_counter()
         yield
         self._phases[phase] = time.perf_counter() - start
-
-
-def is_writer(callback: Any) -> bool:
-    """Whether a callback is, or derives from, one that writes files."""
-    return any(cls.__name__ in _WRITERS for cls in type(callback).__mro__)
-
-
-def _watches_batches(callback: Any) -> bool:
-    base = keras.callbacks.Callback
-    return any(getattr(type(callback), hook) is not getattr(base, hook) for hook in _BATCH_HOOKS)
 
 
 def _compile(model: keras.Model, spec: KerasSpec) -> None:

@@ -56,6 +56,7 @@ IN_THE_RANK = (
     "agreement",
     "allreduce",
     "batches",
+    "callbacks",
     "clock",
     "codec",
     "feeding",
@@ -66,6 +67,7 @@ IN_THE_RANK = (
     "snapshot",
     "spec",
     "states",
+    "steps",
 )
 
 
