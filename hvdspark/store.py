@@ -270,7 +270,6 @@ class Store:
         OSError
             When that cannot be.
         """
-        self._check_there()
         path = self.path(*parts)
         self._make_folders(posixpath.dirname(path))
         return self._create(path)

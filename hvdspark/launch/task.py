@@ -211,6 +211,7 @@ def _log_file(options: LaunchOptions, context: RankContext) -> Iterator[IO[bytes
         return
     try:
         store = Store.from_ref(options.store)
+        store.make_folder(options.logs)
         log = store.open_file(options.logs, f"rank-{context.rank}.log")
     except (HvdSparkError, OSError) as exc:
         logger.warning("no log for rank %d: %s", context.rank, exc)
