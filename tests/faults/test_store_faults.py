@@ -92,9 +92,8 @@ def test_a_model_that_finds_no_room_is_an_error_and_the_run_goes_on_when_there_i
     assert states == ["state-000000000009", "state-000000000018"]
     ballast.unlink()
     assert_same(outcome(estimator(small, run_id="full").fit(df)), undisturbed)
-    assert (
-        "going on from the checkpoint at epoch 3, step 0" in Path(small.path("runs/full/logs/rank-0.log")).read_text()
-    )
+    log = Path(small.path("runs/full/logs/attempt-2/rank-0.log")).read_text()
+    assert "going on from the checkpoint at epoch 3, step 0" in log
 
 
 def move(here: str, there: str) -> None:
