@@ -152,7 +152,7 @@ def test_several_hosts_train_to_the_same_weights_under_mpi(df: DataFrame, store:
     log = log_of(store)
     assert "controller mpi (as asked for), TCP over eth0" in log
     # What UCX itself says: between hosts nothing else.
-    tables = re.findall(r"inter-node cfg.*?\n(?:(?!-node cfg).*\n)*", log)
+    tables = re.findall(r"inter-node cfg#.*\n(?:(?!.*cfg#).*\n)*", log)
     assert {transport for table in tables for transport in re.findall(r"\| (\w+/\w+) +\|$", table, re.M)} == {
         "tcp/eth0"
     }
