@@ -173,7 +173,7 @@ def test_a_process_that_was_stopped_is_given_up_with_what_it_was_doing(run: Call
     assert 4 < time.monotonic() - started < 25
     assert failure is not None
     assert failure.kind == "stalled"
-    assert failure.error.startswith("the training process gave no sign of life for 5 s")
+    assert re.match(r"the training process gave no sign of life for \d+ s", failure.error)
     assert "in stop_myself" in failure.details
     assert failure.sign is not None
     assert failure.sign.is_silent
@@ -191,7 +191,7 @@ def test_work_that_no_longer_moves_on_is_given_up_with_the_stacks_of_its_threads
     failure = run(hang, stall_timeout_s=5).failure
     assert failure is not None
     assert failure.kind == "stalled"
-    assert failure.error == "the training did not move on for 5 s (batch 17)"
+    assert re.fullmatch(r"the training did not move on for \d+ s \(batch 17\)", failure.error)
     assert "in endless_work" in failure.details
     assert failure.sign is not None
     assert not failure.sign.is_silent
