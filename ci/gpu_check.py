@@ -33,6 +33,7 @@ from hvdspark.launch.child import Child, Patience
 from hvdspark.launch.gloo import RendezvousServer, gloo_environment
 from hvdspark.launch.process import recipe_of
 from hvdspark.plan import Manifest, TrainResult
+from hvdspark.runs import run_folder
 from hvdspark.worker.job import Job
 
 IMAGE = (32, 32, 3)
@@ -179,7 +180,10 @@ def training_job(folder: Path, ranks: int, rows: int, batch: int, policy: str) -
     columns, batches = estimator._batch(rows_schema)
     fit: Any = Fit(estimator, None)  # type: ignore[arg-type]  # its rows are known already
     found = survey(str(folder / "rows"), columns)
-    draft = fit._draft(Store.create(folder / "store"), columns, batches, ranks)
+    store = Store.create(folder / "store")
+    draft = fit._draft(store, columns, batches, ranks)
+    # As a fit does it, which holds its run there: ranks take a folder that is not there for a Store that has gone.
+    store.make_folder(run_folder(draft.run_id))
     plan = draft.complete(Manifest(found.columns, {TRAIN: found.groups, VAL: ()}), found.store.ref(), "")
     job: Job = estimator._job().after(plan)
     return job

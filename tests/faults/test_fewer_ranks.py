@@ -83,7 +83,8 @@ def test_a_fit_goes_on_with_the_ranks_that_are_left(
     assert_same(outcome(model), outcome(planned))
 
 
-def test_more_ranks_than_before_can_go_on_too(df: DataFrame, store: Store, tmp_path: Path) -> None:
+def test_more_ranks_than_before_can_go_on_too(spark: SparkSession, df: DataFrame, store: Store, tmp_path: Path) -> None:
+    request_executors(spark, 2)
     with pytest.raises(WorkerFailedError):
         estimator(store, Fault(tmp_path / "mark", 0, 2, 3, fail), num_proc=1, run_id="grown").fit(df)
     model = estimator(store, run_id="grown").fit(df)

@@ -35,11 +35,12 @@ def leave() -> None:
     os._exit(3)
 
 
+WORKER_KILLED = "its Python worker is killed"
 FAULTS: dict[str, Callable[[], None]] = {
     "the rank is killed": die,
     "the rank is stopped": stop,
     "the rank leaves": leave,
-    "its Python worker is killed": partial(kill_parent, "pyspark.daemon"),
+    WORKER_KILLED: partial(kill_parent, "pyspark.daemon"),
 }
 
 
@@ -67,13 +68,15 @@ def test_fifty_fits_with_faults_leave_nothing(spark: SparkSession, df: DataFrame
     struck, before, memory_before = [], {}, 0
     for number in range(FITS):
         name = f"fit-{number:02d}"
-        callbacks = []
+        callbacks, settings = [], {"epochs": EPOCHS, "run_id": name, "stall_timeout_s": 5}
         if schedule.random() < 0.25:
             kind = schedule.choice(sorted(FAULTS))
             place = schedule.randrange(2), schedule.randrange(EPOCHS), schedule.randrange(9)
             callbacks.append(Fault(tmp_path / name, *place, FAULTS[kind]))
             struck.append(name)
-        model = estimator(store, *callbacks, epochs=EPOCHS, run_id=name, stall_timeout_s=5).fit(rows)
+            # A fork of the warm pool has its Python worker not among its parents.
+            settings["warm_pool"] = kind != WORKER_KILLED
+        model = estimator(store, *callbacks, **settings).fit(rows)
         losses = model.getHistory()["loss"]
         assert len(losses) == EPOCHS
         assert losses[-1] < losses[0]
