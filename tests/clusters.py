@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import cloudpickle
 import psutil
@@ -40,25 +41,49 @@ def new_session(master: str, settings: Mapping[str, str] | None = None) -> Spark
     return builder.config(map=dict(settings or {})).getOrCreate()
 
 
+@pytest.fixture(scope="session")
+def _shared() -> Iterator[dict[str, SparkSession]]:
+    """The session that modules share, by its master."""
+    shared: dict[str, SparkSession] = {}
+    yield shared
+    _stop(shared)
+
+
 @pytest.fixture(scope="module")
 def spark(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, _environment: None
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    _environment: None,
+    _shared: dict[str, SparkSession],
 ) -> Iterator[SparkSession]:
     """A cluster of two executors with a slot each; a module that wants another says so with ``MASTER``.
 
-    Settings of its own it gives with ``spark_conf``, a function of a folder for files that they name.
+    Modules that want the same one after the other share it, but for one that says ``OWN_SESSION = True``, or gives
+    settings of its own with ``spark_conf``, a function of a folder for files that they name.
     """
     own = getattr(request.module, "spark_conf", lambda _folder: {})(tmp_path_factory.mktemp("spark"))
-    session = new_session(getattr(request.module, "MASTER", TWO_EXECUTORS), own)
-    session.sparkContext.setLogLevel("OFF")
-    yield session
-    jvm = session.sparkContext._jvm
-    session.stop()
-    for name in own:  # the settings of the first session become properties of the JVM, which serves the next ones too
-        jvm.System.clearProperty(name)
-    # The warm pool lives as long as the executors, and no longer.
-    _, alive = psutil.wait_procs(warm_parents(), timeout=10)
-    assert alive == []
+    master = getattr(request.module, "MASTER", TWO_EXECUTORS)
+    is_alone = bool(own) or getattr(request.module, "OWN_SESSION", False)
+    if is_alone or master not in _shared:
+        _stop(_shared)
+        _shared[master] = new_session(master, own)
+        _shared[master].sparkContext.setLogLevel("OFF")
+    yield _shared[master]
+    if is_alone:
+        _stop(_shared, own)
+
+
+def _stop(shared: dict[str, SparkSession], own: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Stop the session that is up."""
+    while shared:
+        _, session = shared.popitem()
+        jvm = session.sparkContext._jvm
+        session.stop()
+        for name in own:  # the settings of the first session become properties of the JVM, which serves the next ones
+            jvm.System.clearProperty(name)
+        # The warm pool lives as long as the executors, and no longer.
+        _, alive = psutil.wait_procs(warm_parents(), timeout=10)
+        assert alive == []
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -22,6 +22,8 @@ from pyspark.sql import SparkSession
 import hvdspark
 from hvdspark.errors import HvdSparkError
 
+OWN_SESSION = True
+
 HOROVOD = ("tensorflow", "horovod.tensorflow")
 
 

@@ -17,6 +17,8 @@ from hvdspark.errors import ParamError, WorkerFailedError
 from hvdspark.launch.options import LaunchOptions
 from hvdspark.launch.slots import count_slots
 
+OWN_SESSION = True
+
 
 def fail() -> None:
     raise LookupError("the user's own mistake")
