@@ -43,12 +43,13 @@ class Strike(keras.callbacks.Callback):  # type: ignore[misc]
         if is_here and not Path(self._struck).exists():
             Path(self._struck).write_text(str(time.time()))
             self._act()
-        if self._is_second_attempt and not Path(self._again).exists():
+        if self._is_second_attempt() and not Path(self._again).exists():
             Path(self._again).write_text(str(time.time()))
 
-    def on_train_begin(self, logs: Any = None) -> None:  # noqa: ARG002
-        """See which attempt this is."""
-        self._is_second_attempt = Path(self._struck).exists()
+    def _is_second_attempt(self) -> bool:
+        # Not noted on the callback: what it knows is given back from the state.
+        struck = Path(self._struck)
+        return struck.exists() and psutil.Process().create_time() > float(struck.read_text() or "inf")
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
         """Count."""
