@@ -192,13 +192,7 @@ class Store:
         StoreError
             When it cannot be listed.
         """
-        with self._named("list", *parts):
-            try:
-                entries = self._fs.ls(self.path(*parts), detail=False)
-            except FileNotFoundError:
-                self._check_there()
-                return []
-        names = (posixpath.basename(entry.rstrip("/")) for entry in entries)
+        names = (posixpath.basename(entry.rstrip("/")) for entry in self._entries(*parts, detail=False))
         return sorted(name for name in names if not _UNFINISHED.search(name))
 
     def sizes(self, *parts: str) -> dict[str, int]:
@@ -209,13 +203,7 @@ class Store:
         StoreError
             When it cannot be listed.
         """
-        with self._named("list", *parts):
-            try:
-                entries = self._fs.ls(self.path(*parts), detail=True)
-            except FileNotFoundError:
-                self._check_there()
-                return {}
-        files = (entry for entry in entries if entry["type"] == "file")
+        files = (entry for entry in self._entries(*parts, detail=True) if entry["type"] == "file")
         return {posixpath.basename(entry["name"]): int(entry["size"]) for entry in files}
 
     def read_bytes(self, *parts: str) -> bytes:
@@ -373,6 +361,16 @@ class Store:
         # A link that lies in the file's place might lead out of the Store.
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         return os.fdopen(os.open(path, flags, _PRIVATE_FILE if self._private else _USUAL_FILE), "wb")
+
+    def _entries(self, *parts: str, detail: bool) -> Sequence[Any]:
+        """List a folder as fsspec does; an absent one is empty."""
+        with self._named("list", *parts):
+            try:
+                found: Sequence[Any] = self._fs.ls(self.path(*parts), detail=detail)
+            except FileNotFoundError:
+                self._check_there()
+                return ()
+        return found
 
     def _rename(self, source: str, target: str) -> None:
         if self.is_local:
