@@ -106,8 +106,7 @@ class States:
         if steps != before:
             place = replace(place, step=state.step // before * steps)
             # The states so far are numbered by other steps: the last must not be one of them.
-            self.keep(place)
-            if self._session.is_first:
+            if self.keep(place) and self._session.is_first:
                 self._files.clear(but=place.step)
         if self._session.is_first:
             logger.info(
@@ -115,8 +114,14 @@ class States:
             )
         return place
 
-    def keep(self, place: Place) -> None:
-        """Write a state; where that fails, the training goes on all the same, and earlier states are there still."""
+    def keep(self, place: Place) -> bool:
+        """Write a state; where that fails, the training goes on all the same, and earlier states are there still.
+
+        Returns
+        -------
+        bool
+            On rank 0 whether it is whole.
+        """
         error: StoreError | None = None
         try:
             self._files.write_own(place.step, self._snapshot.own())
@@ -129,6 +134,7 @@ class States:
                 self._discard(place)
         if error is not None:
             logger.warning("no checkpoint of step %d: %s", place.step, error)
+        return error is None and not is_incomplete
 
     def _publish(self, place: Place) -> StoreError | None:
         if self._checkpoints.is_behind:
