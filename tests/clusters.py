@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -39,6 +40,19 @@ def new_session(master: str, settings: Mapping[str, str] | None = None) -> Spark
         .config("spark.driver.bindAddress", "127.0.0.1")
     )
     return builder.config(map=dict(settings or {})).getOrCreate()
+
+
+def gpu_conf(folder: Path, discovery: str) -> dict[str, str]:
+    """Return the settings of a cluster whose executors have a GPU each, as a script that Spark runs finds them."""
+    script = folder / "gpus"
+    script.write_text(discovery)
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    return {
+        "spark.worker.resource.gpu.amount": "1",
+        "spark.worker.resource.gpu.discoveryScript": str(script),
+        "spark.executor.resource.gpu.amount": "1",
+        "spark.task.resource.gpu.amount": "1",
+    }
 
 
 @pytest.fixture(scope="session")

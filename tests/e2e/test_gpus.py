@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import stat
 from pathlib import Path
 from typing import Any
 
 import keras
 import psutil
 import pytest
+from clusters import gpu_conf
 from hvdspark.estimators import KerasEstimator
 from pyspark.sql import SparkSession
 
@@ -30,15 +30,7 @@ echo "{{\\"name\\": \\"gpu\\", \\"addresses\\": [\\"$address\\"]}}"
 
 
 def spark_conf(folder: Path) -> dict[str, str]:
-    script = folder / "gpus"
-    script.write_text(DISCOVERY.format(folder=folder, mig=max(ADDRESSES)))
-    script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    return {
-        "spark.worker.resource.gpu.amount": "1",
-        "spark.worker.resource.gpu.discoveryScript": str(script),
-        "spark.executor.resource.gpu.amount": "1",
-        "spark.task.resource.gpu.amount": "1",
-    }
+    return gpu_conf(folder, DISCOVERY.format(folder=folder, mig=max(ADDRESSES)))
 
 
 def visible() -> dict[str, Any]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import stat
 from pathlib import Path
 
 import pytest
+from clusters import gpu_conf
 from pyspark.sql import SparkSession
 
 import hvdspark
@@ -18,15 +18,7 @@ echo '{"name": "gpu", "addresses": ["0"]}'
 
 
 def spark_conf(folder: Path) -> dict[str, str]:
-    script = folder / "gpus"
-    script.write_text(DISCOVERY)
-    script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    return {
-        "spark.worker.resource.gpu.amount": "1",
-        "spark.worker.resource.gpu.discoveryScript": str(script),
-        "spark.executor.resource.gpu.amount": "1",
-        "spark.task.resource.gpu.amount": "1",
-    }
+    return gpu_conf(folder, DISCOVERY)
 
 
 def test_two_ranks_that_would_share_a_gpu_are_refused_by_name(spark: SparkSession) -> None:
