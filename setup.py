@@ -34,6 +34,8 @@ install_requires = [
     "cloudpickle>=3",
     "psutil>=6",
     "click>=8.1",
+    "pydantic>=2.7",
+    "tqdm>=4.66",
     "mpi4py>=4",
     # Horovod's library loads MPICH's libmpi.so.12 also where only Gloo is used.
     "mpich>=4.2",
@@ -50,6 +52,13 @@ keras = ["keras>=3.12,<4", "h5py>=3.11"]
 extras_require = {
     "cpu": [*keras, "tensorflow-cpu>=2.18,<2.22"],
     "gpu": [*keras, "tensorflow[and-cuda]>=2.18,<2.22"],
+    # What a fit shows of itself: the report, TensorBoard's files and server.
+    "report": ["jinja2>=3.1", "plotly>=6"],
+    "tensorboard": ["tensorboard>=2.18,<2.22"],
+    # The whole `mlflow` will do as well; this is what logging to a server, or to a database, takes of it.
+    "mlflow": ["mlflow-skinny>=3", "sqlalchemy>=2", "alembic>=1.13"],
+    # Airflow wants an environment of its own, pinned by its constraints; hvdspark goes beside it.
+    "airflow": ["apache-airflow>=3", "apache-airflow-providers-apache-spark>=5"],
     "dev": [
         "hypothesis>=6.100",
         "matplotlib>=3.10",
@@ -61,6 +70,7 @@ extras_require = {
         "ruff>=0.11",
         "scikit-learn>=1.5",
         "types-psutil",
+        "types-tqdm",
         "types-PyYAML",
     ],
 }

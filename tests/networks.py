@@ -8,28 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import shutil
 import socket
 import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import psutil
-import pyspark
+from standalone import Cluster
 
 # The interfaces of every host, and the network of each.
 NETWORKS = {"eth0": "10.213.0", "eth1": "10.213.1"}
 DRIVER = "driver"
 _MASTER_PORT, _UI_PORT = 7077, 8080
 _CLONE_NEWNET = 0x40000000
-_START_S = 120.0
 
 
 def why_not() -> str | None:
@@ -183,8 +178,8 @@ def inside(host: Host) -> Iterator[None]:
             enter(before.fileno())
 
 
-class Cluster:
-    """Spark's standalone cluster: its master on the driver's host, workers on others.
+class HostsCluster(Cluster):
+    """A standalone cluster over hosts: its master on the driver's, workers on others.
 
     Parameters
     ----------
@@ -197,66 +192,34 @@ class Cluster:
     """
 
     def __init__(self, driver: Host, names: Mapping[str, str], folder: Path) -> None:
+        super().__init__(folder, host=driver.address, port=_MASTER_PORT, ui_port=_UI_PORT)
         self.driver = driver
-        self.url = f"spark://{driver.address}:{_MASTER_PORT}"
         self.java_hosts = folder / "java-hosts"
         own = {"localhost": "127.0.0.1", socket.gethostname(): driver.address, DRIVER: driver.address}
         self.java_hosts.write_text("".join(f"{address} {name}\n" for name, address in {**own, **names}.items()))
-        self._folder = folder
-        self._started: list[subprocess.Popen[bytes]] = []
+        self._hosts: dict[str, Host] = {}
 
-    def __enter__(self) -> Self:
-        options = ("--host", self.driver.address, "--port", str(_MASTER_PORT), "--webui-port", str(_UI_PORT))
-        self._start(self.driver, "master", "org.apache.spark.deploy.master.Master", *options)
-        wait_for(lambda: self._state() is not None, "the master")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for process in self._started:
-            process.kill()
-            process.wait(10)
-
-    def start_worker(self, host: Host, name: str, cores: int) -> None:
+    def start_on(self, host: Host, name: str, cores: int) -> None:
         """Start a worker that calls itself so."""
-        options = ("--host", name, "--cores", str(cores), "--memory", "4g")
-        work = self._folder / f"work-{name}"
-        self._start(
-            host, f"worker-{name}", "org.apache.spark.deploy.worker.Worker", *options, "-d", str(work), self.url
-        )
+        daemon = f"worker-{name}"
+        self._hosts[daemon] = host
+        self.start_worker(daemon, cores, host=name)
 
-    def wait_for_cores(self, cores: int) -> None:
-        def found() -> bool:
-            state = self._state() or {}
-            return sum(worker["cores"] for worker in state.get("workers", ()) if worker["state"] == "ALIVE") == cores
+    def command(self, name: str, program: str) -> Sequence[str]:
+        return self._host_of(name).command(program)
 
-        wait_for(found, f"workers with {cores} cores")
-
-    def _start(self, host: Host, name: str, *arguments: str) -> None:
-        environment = {name: value for name, value in os.environ.items() if name != "SPARK_LOCAL_IP"}
-        environment |= {
-            "PYSPARK_PYTHON": sys.executable,
-            "TMPDIR": str(host.temporary),
-            "SPARK_LOCAL_DIRS": str(host.temporary),
-            "JDK_JAVA_OPTIONS": f"{os.environ.get('JDK_JAVA_OPTIONS', '')} -Djdk.net.hosts.file={self.java_hosts}",
-            "SPARK_DAEMON_MEMORY": "256m",
+    def environment(self, name: str) -> dict[str, str]:
+        temporary = str(self._host_of(name).temporary)
+        options = f"{os.environ.get('JDK_JAVA_OPTIONS', '')} -Djdk.net.hosts.file={self.java_hosts}"
+        return {
+            **super().environment(name),
+            "TMPDIR": temporary,
+            "SPARK_LOCAL_DIRS": temporary,
+            "JDK_JAVA_OPTIONS": options,
         }
-        # It ends with this process, however that ends.
-        spark_class = str(Path(pyspark.__file__).parent / "bin" / "spark-class")
-        command = ["setpriv", "--pdeathsig", "KILL", *host.command(spark_class, *arguments)]
-        with (self._folder / f"{name}.log").open("wb") as log:
-            process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
-            )
-        self._started.append(process)
 
-    def _state(self) -> dict[str, Any] | None:
-        assert all(process.poll() is None for process in self._started), f"ended: see the logs in {self._folder}"
-        try:
-            with urllib.request.urlopen(f"http://{self.driver.address}:{_UI_PORT}/json/", timeout=5) as answer:
-                state: dict[str, Any] = json.load(answer)
-                return state
-        except OSError:
-            return None
+    def _host_of(self, name: str) -> Host:
+        return self._hosts.get(name, self.driver)
 
 
 # Three tasks are dealt to the three executors; the first host alone can run them all.
@@ -271,20 +234,12 @@ class Site:
     net: Net
     alpha: Host
     beta: Host
-    cluster: Cluster
+    cluster: HostsCluster
 
     def start_workers(self, host: Host) -> None:
         """Give a host its slots."""
         if host is self.alpha:
-            self.cluster.start_worker(host, "alpha", cores=1)
-            self.cluster.start_worker(host, host.address, cores=2)
+            self.cluster.start_on(host, "alpha", cores=1)
+            self.cluster.start_on(host, host.address, cores=2)
         else:
-            self.cluster.start_worker(host, "beta", cores=2)
-
-
-def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = _START_S) -> None:
-    """Wait until a condition holds."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not there after {timeout_s:g} s"
-        time.sleep(0.1)
+            self.cluster.start_on(host, "beta", cores=2)

@@ -17,8 +17,9 @@ from clusters import (  # noqa: F401 - pytest finds fixtures in a conftest
     store,
     warm_parents,
 )
-from networks import DRIVER, NAMES, SLOTS, Cluster, Host, Net, Site, inside, wait_for, why_not
+from networks import DRIVER, NAMES, SLOTS, Host, HostsCluster, Net, Site, inside, why_not
 from pyspark.sql import SparkSession
+from standalone import wait_for
 
 from hvdspark.launch.slots import count_slots
 
@@ -33,7 +34,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, _environment: None) -> Iterat
         driver = net.add(Host(DRIVER, 1, {}, folder / DRIVER))
         alpha = net.add(Host("alpha", 2, NAMES, folder / "alpha"))
         beta = net.add(Host("beta", 3, {**NAMES, "beta": "127.0.1.1"}, folder / "beta"))
-        with inside(driver), Cluster(driver, NAMES, folder) as cluster:
+        with inside(driver), HostsCluster(driver, NAMES, folder) as cluster:
             found = Site(net, alpha, beta, cluster)
             found.start_workers(alpha)
             found.start_workers(beta)

@@ -16,8 +16,9 @@ import psutil
 import pytest
 from clusters import training_processes
 from hvdspark.estimators import KerasEstimator
-from networks import SLOTS, Host, Site, wait_for
+from networks import SLOTS, Host, Site
 from pyspark.sql import DataFrame, SparkSession
+from standalone import wait_for
 
 from hvdspark import Store
 from hvdspark.errors import NotEnoughSlotsError, WorkerFailedError

@@ -13,18 +13,19 @@ import pytest
 from click.testing import CliRunner
 
 from hvdspark import __version__, cli
+from hvdspark.cli import info
 
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answer for Horovod, whose import takes seconds."""
     found = {"gloo": True, "mpi": True, "nccl": False, "cuda": False}
-    monkeypatch.setattr(cli, "_horovod_built", lambda: (found, None))
+    monkeypatch.setattr(info, "_horovod_built", lambda: (found, None))
 
 
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_horovod_built", lambda: ({}, "ImportError: undefined symbol"))
+    monkeypatch.setattr(info, "_horovod_built", lambda: ({}, "ImportError: undefined symbol"))
 
 
 def test_the_version_is_that_of_the_distribution() -> None:
@@ -85,7 +86,7 @@ def test_what_the_process_that_loads_horovod_says_is_understood(
     monkeypatch: pytest.MonkeyPatch, done: tuple[int, str, str], expected: Any
 ) -> None:
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: subprocess.CompletedProcess(args, *done))
-    assert cli._horovod_built() == expected
+    assert info._horovod_built() == expected
 
 
 def test_the_module_is_the_command_and_finds_this_horovod() -> None:

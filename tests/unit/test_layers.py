@@ -121,7 +121,7 @@ def test_a_module_imports_nothing_above_its_layer(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_a_module_imports_nothing_that_its_part_must_not_know(name: str) -> None:
-    if name.startswith("hvdspark.estimators") or name in ("hvdspark.cli", "hvdspark.__main__"):
+    if name.startswith(("hvdspark.estimators", "hvdspark.cli")) or name == "hvdspark.__main__":
         rules = ["pyspark"] if name.split(".")[-1] in IN_THE_RANK else []
     else:
         rules = [rule for prefix in prefixes(name) for rule in FORBIDDEN.get(prefix, ())]

@@ -1,4 +1,4 @@
-"""The command ``hvdspark``."""
+"""``hvdspark info``: the versions of the stack, and what Horovod was built with."""
 
 from __future__ import annotations
 
@@ -36,13 +36,7 @@ print(json.dumps({
 """
 
 
-@click.group()
-@click.version_option(package_name="hvdspark")
-def main() -> None:
-    """Distributed deep learning inside Spark ML."""
-
-
-@main.command()
+@click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def info(as_json: bool) -> None:
     """Print the versions of the stack and what Horovod was built with.
@@ -78,7 +72,3 @@ def _horovod_built() -> tuple[dict[str, bool], str | None]:
         return found, None
     reason = process.stderr.strip().splitlines()
     return {}, reason[-1] if reason else f"exit code {process.returncode}"
-
-
-if __name__ == "__main__":
-    main()
