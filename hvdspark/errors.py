@@ -14,6 +14,8 @@
     │   ├── ValueRangeError
     │   └── CorruptDatasetError       a materialized dataset that is not whole
     ├── StoreError                    the Store cannot be read or written
+    ├── AliasError                    an alias is damaged, or there is nothing to go back to
+    │   └── AliasConflictError        it refers to another run than the one expected
     ├── LaunchError                   the ranks did not come up
     │   ├── NotEnoughSlotsError
     │   ├── RendezvousError
@@ -183,6 +185,31 @@ class StoreError(HvdSparkError):
     """
 
     url: str
+
+
+class AliasError(HvdSparkError):
+    """An alias is damaged, is not there, or has nothing to be rolled back to.
+
+    Attributes
+    ----------
+    alias : str
+        Its name.
+    """
+
+    alias: str
+
+
+class AliasConflictError(AliasError):
+    """An alias refers to another run than the one expected: somebody else changed it meanwhile.
+
+    Attributes
+    ----------
+    expected, found : str
+        The run that it was to refer to, and the one that it does; empty for none.
+    """
+
+    expected: str
+    found: str
 
 
 class LaunchError(HvdSparkError):

@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import random
 import socket
 import threading
 import time
@@ -32,6 +33,12 @@ _FOLDER = "leases"
 RENEWAL_S = 20.0
 STALE_S = 180.0
 
+# The longest pause between two looks at a folder that another process holds alone.
+_LONGEST_PAUSE_S = 1.0
+
+# Who ends removes the folder of leases, perhaps just before another writes into it.
+_TRIES = 10
+
 _FIELDS = {"time": float, "host": str, "pid": int, "started": float}
 
 # What this process holds now: of its own it need not guess, also where the file of one that ended could not be removed.
@@ -42,7 +49,7 @@ _SAME_START_S = 2.0
 
 
 @contextlib.contextmanager
-def held(store: Store, folder: str, kind: str) -> Iterator[None]:
+def held(store: Store, folder: str, kind: str) -> Iterator[str]:
     """Hold a lease on a folder for the time of a block.
 
     Parameters
@@ -53,6 +60,11 @@ def held(store: Store, folder: str, kind: str) -> Iterator[None]:
         Relative to the Store; it need not exist.
     kind
         What for, such as ``"reader"``. Any number of processes may hold leases of one kind.
+
+    Yields
+    ------
+    str
+        The lease's name in the Store.
 
     Raises
     ------
@@ -70,12 +82,12 @@ def held(store: Store, folder: str, kind: str) -> Iterator[None]:
             except Exception as exc:  # noqa: BLE001 - the next time may go well, and the work must go on
                 logger.warning("cannot renew the lease %s: %s", store.url_of(name), exc)
 
-    store.publish_bytes(_holder(), name)
+    _publish_first(store, name)
     _own.add((store.url, name))
     thread = threading.Thread(target=renew, name=f"hvdspark {kind} lease", daemon=True)
     thread.start()
     try:
-        yield
+        yield name
     finally:
         ended.set()
         thread.join()
@@ -85,10 +97,69 @@ def held(store: Store, folder: str, kind: str) -> Iterator[None]:
         store.delete_if_empty(folder, _FOLDER)
 
 
-def is_held(store: Store, folder: str, kind: str = "") -> bool:
-    """Whether anybody holds a lease of a kind (by default of any) on a folder, as far as one can tell."""
+@contextlib.contextmanager
+def held_alone(store: Store, folder: str, kind: str, timeout_s: float = STALE_S + 60) -> Iterator[None]:
+    """Hold a lease that no other process or thread holds at the same time, for the time of a block.
+
+    All announce themselves first and look for others then, so that of two at least one sees the other; who sees
+    another withdraws and tries again after a while that chance decides.
+
+    Parameters
+    ----------
+    store, folder, kind
+        As for :func:`held`. All holders of this kind must take it by this function.
+    timeout_s
+        How long to wait for others; by default longer than a process that died on another host is in the way.
+
+    Raises
+    ------
+    StoreError
+        When others hold it all that time, or the lease cannot be written.
+    """
+    deadline = time.monotonic() + timeout_s
+    pause_s = 0.05
+    while True:
+        # A look before the announcement spares those who are at it the sight of all who wait.
+        if not is_held(store, folder, kind):
+            with held(store, folder, kind) as name:
+                if not is_held(store, folder, kind, but=name):
+                    yield
+                    return
+        if time.monotonic() > deadline:
+            raise StoreError(
+                f"other processes hold {store.url_of(folder)} ({kind}) for {timeout_s:.0f} s already; try again when"
+                f" they have ended, and if none is running, remove {store.url_of(folder, _FOLDER)}",
+                url=store.url_of(folder),
+            )
+        time.sleep(random.uniform(pause_s / 5, pause_s))
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+def is_held(store: Store, folder: str, kind: str = "", *, but: str = "") -> bool:
+    """Whether anybody holds a lease of a kind (by default of any) on a folder, as far as one can tell.
+
+    Parameters
+    ----------
+    store, folder, kind
+        Which leases.
+    but
+        The name of one that does not count, as :func:`held` gives it.
+    """
     names = [name for name in store.list(folder, _FOLDER) if name.startswith(kind) and name.endswith(".json")]
-    return any(_is_alive(store, f"{folder}/{_FOLDER}/{name}") for name in names)
+    places = (f"{folder}/{_FOLDER}/{name}" for name in names)
+    return any(_is_alive(store, place) for place in places if place != but)
+
+
+def _publish_first(store: Store, name: str) -> None:
+    for _ in range(_TRIES - 1):
+        try:
+            store.publish_bytes(_holder(), name)
+        except StoreError as exc:
+            if not isinstance(exc.__cause__, FileNotFoundError | NotADirectoryError):
+                raise
+        else:
+            return
+    store.publish_bytes(_holder(), name)
 
 
 def _holder() -> bytes:

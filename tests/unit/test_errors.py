@@ -16,6 +16,8 @@ FIELDS = {
     errors.ImageError: {"column": "a", "expected": "28x28x1", "found": "28x28x3"},
     errors.ValueRangeError: {"column": "a", "dtype": "float32"},
     errors.StoreError: {"url": "/x"},
+    errors.AliasError: {"alias": "champion"},
+    errors.AliasConflictError: {"expected": "run-1", "found": "run-2"},
     errors.NotEnoughSlotsError: {"needed": 4, "available": 2},
     errors.WorkerFailedError: {"failures": {1: "ValueError: x"}, "root_cause": 1, "log_tail": "x", "is_passing": False},
     errors.NonFiniteLossError: {"epoch": 1, "step": 6, "ranks": (1,)},

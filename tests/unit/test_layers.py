@@ -18,6 +18,7 @@ LAYERS = {
     "hvdspark.lease": 1,
     "hvdspark.shelf": 1,
     "hvdspark.store": 1,
+    "hvdspark.aliases": 2,
     "hvdspark.runs": 2,
     "hvdspark.data": 2,
     "hvdspark.launch": 3,
