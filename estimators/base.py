@@ -30,6 +30,7 @@ from hvdspark.predict import OutputColumn, ScorePlan, score, scored_schema
 from hvdspark.run import active_session
 from hvdspark.runs import log_folder
 from hvdspark.store import Store
+from hvdspark.warmstart import WarmStart
 from hvdspark.worker.job import Job
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ class HorovodEstimator(Estimator, EstimatorParams, abc.ABC):  # type: ignore[typ
     _attributes: ClassVar[Mapping[str, Any]] = {"store": None, "model": None}
     _kind: ClassVar[str] = "run"
     _trainer: ClassVar[str]
+    _suffix: ClassVar[str] = ""
+    _saved: ClassVar[str] = ""
     _store: Store | None
     _model: Any
 
@@ -61,6 +64,10 @@ class HorovodEstimator(Estimator, EstimatorParams, abc.ABC):  # type: ignore[typ
     @abc.abstractmethod
     def _job(self) -> Job:
         """Return what every rank is to do; its first argument, the :class:`FitPlan`, is put before the others."""
+
+    def _start_from(self, start: WarmStart) -> None:  # noqa: ARG002 - for frameworks that can
+        """Take the weights to begin with, in place of the model's own; raises ``ParamError`` where they do not fit."""
+        raise ParamError(f"{type(self).__name__} has no warm_start", param="warm_start")
 
     @abc.abstractmethod
     def _make_model(self, data: bytes, result: TrainResult) -> HorovodModel:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import cloudpickle
 from hvdspark.estimators.outputs import planned_outputs
 from hvdspark.estimators.sources import RowSource, Work, WorkFor
+from hvdspark.estimators.starting import find_start
 from pyspark.sql.types import StructType
 
 from hvdspark.data.feed import FedStage
@@ -34,6 +35,7 @@ from hvdspark.plan import BatchSpec, ColumnSpec, FitPlan, TrainResult
 from hvdspark.predict import scored_schema
 from hvdspark.runs import in_progress, is_in_progress, log_folder, next_attempt, recorded, run_folder
 from hvdspark.store import Store
+from hvdspark.warmstart import WarmStart, keep_start, recall_start
 from hvdspark.worker.checkpoint import MODEL
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ class Fit:
         self._estimator = estimator
         self._source = source
         self._phases: dict[str, float] = {}
+        self._start: WarmStart | None = None
         self._run_id = estimator._value("run_id") or new_run_id(estimator._kind)
 
     def run(self) -> HorovodModel:
@@ -74,6 +77,8 @@ class Fit:
                 work_for = stack.enter_context(self._source.provided(draft, meanwhile))
                 work = work_for(draft.size)
             stack.enter_context(recorded(store, self._run_id))
+            if self._start is not None:
+                keep_start(store, self._run_id, self._start, estimator._suffix)
             with self._timed("launch"):
                 answers = self._launch(store, draft.size, work, work_for, options)
             # The answer came through Spark's own channel from a process that this fit started.
@@ -159,6 +164,7 @@ class Fit:
         check_slots(session, num_proc, options.slots_timeout_s)
         store.check_writable()
         self._check_run(store)
+        self._find_start(store, session)
         return store, draft, options
 
     def _check_run(self, store: Store) -> None:
@@ -175,6 +181,16 @@ class Fit:
                 f"run_id='{self._run_id}' is being trained by another fit; wait for it, or give another one",
                 param="run_id",
             )
+
+    def _find_start(self, store: Store, session: SparkSession) -> None:
+        """Read the weights to begin with, and check that they fit; a run that goes on has its own."""
+        estimator, given = self._estimator, self._estimator._value("warm_start")
+        self._start = recall_start(store, self._run_id, given, estimator._suffix)
+        if self._start is None and given is not None:
+            self._start = find_start(given, store, session, estimator._saved, estimator._suffix)
+        if self._start is not None:
+            estimator._start_from(self._start)
+            self._say(f"begins with the weights of {self._start.model}")
 
     def _split(self) -> Split:
         validation = self._estimator._value("validation")

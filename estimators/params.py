@@ -282,6 +282,11 @@ class EstimatorParams(ModelParams):
         "with how few ranks the training may go on when executors were lost and none have come in their place",
         positive_int("min_proc"),
     )
+    warm_start = param(
+        "warm_start",
+        "the model whose weights the training begins with: the path of a saved one, 'runs/<id>', or 'alias:<name>'",
+        text("warm_start"),
+    )
     checkpoint_steps = param(
         "checkpoint_steps",
         "steps after which the state of the training is kept, besides the end of every epoch",

@@ -146,7 +146,7 @@ class FilesReader(MLReader[Any]):
         """Read a file that the metadata names and make sure that it is the one that was saved."""
         if not _FILE_NAME.fullmatch(name):
             raise ModelFormatError(f"the metadata of {path} names the file '{name}', which is no name in that folder")
-        data = _read_file(self.sparkSession, f"{path}/{name}")
+        data = read_file(self.sparkSession, f"{path}/{name}")
         if hashlib.sha256(data).hexdigest() != checksum:
             raise ModelFormatError(f"{path}/{name} is not the file that was saved (its checksum differs)")
         return data
@@ -161,7 +161,8 @@ def _write_file(spark: SparkSession, path: str, data: bytes) -> None:
         filesystem.copyFromLocalFile(True, True, _path(spark, local.as_uri()), target)
 
 
-def _read_file(spark: SparkSession, path: str) -> bytes:
+def read_file(spark: SparkSession, path: str) -> bytes:
+    """Read a file through Hadoop; raises :class:`ModelFormatError` when that cannot be."""
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder) / uuid.uuid4().hex
         filesystem, source = _hadoop(spark, path)
@@ -173,6 +174,17 @@ def _read_file(spark: SparkSession, path: str) -> bytes:
         except Py4JJavaError as exc:
             raise ModelFormatError(f"{path} cannot be read: {_first_line(exc)}") from exc
         return local.read_bytes()
+
+
+def list_folder(spark: SparkSession, path: str) -> list[str]:
+    """List the names in a folder through Hadoop, sorted; an absent one is empty, and so is a file."""
+    try:
+        filesystem, folder = _hadoop(spark, path)
+        if not filesystem.exists(folder):
+            return []
+        return sorted(str(entry.getPath().getName()) for entry in filesystem.listStatus(folder))
+    except Py4JJavaError as exc:
+        raise ModelFormatError(f"{path} cannot be read: {_first_line(exc)}") from exc
 
 
 def _first_line(exc: Exception) -> str:

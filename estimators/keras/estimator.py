@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from hvdspark.estimators.base import HorovodEstimator, Tensors
-from hvdspark.estimators.keras import codec
+from hvdspark.estimators.keras import codec, starting
 from hvdspark.estimators.keras.model import KerasModel
 from hvdspark.estimators.keras.spec import KerasSpec
 from hvdspark.estimators.keywords import sort_out
@@ -15,6 +15,7 @@ from hvdspark.estimators.persistence import Persistable
 from hvdspark.errors import ModelFormatError, ParamError
 from hvdspark.plan import TrainResult
 from hvdspark.store import Store
+from hvdspark.warmstart import WarmStart
 from hvdspark.worker.checkpoint import BestOf
 from hvdspark.worker.job import Job
 
@@ -112,6 +113,10 @@ class KerasEstimator(HorovodEstimator, Persistable):
     min_proc
         With how few ranks the training may go on when executors were lost and, within half a minute, none have come in
         their place; by default with ``num_proc`` only. The epoch that was interrupted begins again then.
+    warm_start
+        The model whose weights the training begins with, in place of those of ``model``, which must be built alike: the
+        path of a saved ``KerasModel``, or of a ``PipelineModel`` with one in it; ``"runs/<id>"``, a run in the Store;
+        or ``"alias:champion"``, what that alias refers to. The optimizer begins anew. No code of it is run.
     checkpoint_steps, keep_checkpoints
         The state of the training is kept at the end of every epoch and, where given, every so many steps; the last two
         by default.
@@ -135,6 +140,8 @@ class KerasEstimator(HorovodEstimator, Persistable):
 
     _kind = "keras"
     _trainer = "hvdspark.estimators.keras.trainer:train"
+    _suffix = codec.SUFFIX
+    _saved = f"{KerasModel.__module__}.{KerasModel.__name__}"
     _attributes: ClassVar[Mapping[str, Any]] = {
         **HorovodEstimator._attributes,
         "optimizer": None,
@@ -151,6 +158,8 @@ class KerasEstimator(HorovodEstimator, Persistable):
     _callbacks: Sequence[Any]
     _custom_objects: Mapping[str, Any]
     _checkpoint_callback: Any
+    # The model with other weights, where the training begins with such.
+    _started: bytes | None = None
 
     def __init__(
         self,
@@ -189,6 +198,7 @@ class KerasEstimator(HorovodEstimator, Persistable):
         run_id: str | None = None,
         max_restarts: int | None = None,
         min_proc: int | None = None,
+        warm_start: str | None = None,
         checkpoint_steps: int | None = None,
         keep_checkpoints: int | None = None,
         on_nan: str | None = None,
@@ -303,7 +313,7 @@ class KerasEstimator(HorovodEstimator, Persistable):
 
     def _job(self) -> Job:
         spec = KerasSpec(
-            model=codec.model_to_bytes(self._required_model()),
+            model=self._started or codec.model_to_bytes(self._required_model()),
             compiling={name: codec.to_config(getattr(self, f"_{name}")) for name in _COMPILING},
             custom_objects=self._all_custom_objects(),
             callbacks=tuple(self._callbacks or ()),
@@ -320,6 +330,10 @@ class KerasEstimator(HorovodEstimator, Persistable):
         )
         # By address: only the training processes import TensorFlow's Horovod.
         return Job(self._trainer, (spec,))
+
+    def _start_from(self, start: WarmStart) -> None:
+        own = codec.model_to_bytes(self._required_model())
+        self._started = starting.start_from(own, start.data, self._all_custom_objects(), start.model)
 
     def _make_model(self, data: bytes, result: TrainResult) -> KerasModel:
         origin = self._required("store").url_of(result.model_path)
