@@ -20,13 +20,17 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from hvdspark import lease
-from hvdspark.errors import AliasConflictError, AliasError, ParamError
+from hvdspark.errors import AliasConflictError, AliasError, ParamError, closest
+from hvdspark.runs import RUNS, read_record, run_folder
 from hvdspark.store import Store
 
 ALIASES = "aliases"
 
 # How many earlier entries an alias keeps, to go back to: gc spares their runs. As many that were rolled back are noted.
 KEPT = 10
+
+# The published model in a run's folder begins so; see hvdspark.worker.checkpoint.
+_MODEL = "model."
 
 _SUFFIX = ".json"
 _WRITER = "writer"
@@ -212,6 +216,46 @@ def rollback(store: Store, name: str, expected: str | None = None) -> AliasEntry
             )
         _write(store, name, back)
     return back
+
+
+def entry_of_run(store: Store, run_id: str, model: str | None = None) -> AliasEntry:
+    """Describe a finished run, to promote it.
+
+    Parameters
+    ----------
+    store, run_id
+        Which one.
+    model
+        Address of what is to be used of it, such as a saved ``PipelineModel``; by default the model in its folder.
+
+    Returns
+    -------
+    AliasEntry
+        With the metrics that are recorded of the run.
+
+    Raises
+    ------
+    ParamError
+        When there is no such run, it has not finished, or it has left no model.
+    """
+    record, folder = read_record(store, run_id), run_folder(run_id)
+    if record is None:
+        raise ParamError(f"there is no run '{run_id}' in {store}.{closest(run_id, store.list(RUNS))}", param="run_id")
+    if record.state != "finished":
+        reason = f" ({record.cause})" if record.cause else ""
+        raise ParamError(
+            f"the run '{run_id}' is {record.state}{reason}; only a finished run can be promoted", param="run_id"
+        )
+    if model is None:
+        published = [name for name in store.list(folder) if name.startswith(_MODEL)]
+        if not published:
+            raise ParamError(
+                f"the run '{run_id}' has no model in {store.url_of(folder)} any more; give the address of one",
+                param="model",
+            )
+        model = f"{folder}/{published[0]}"
+    metrics = (store.read_json(folder, "run.json") or {}).get("metrics") or {}
+    return AliasEntry(run_id, model, {name: value for name, value in metrics.items() if isinstance(value, int | float)})
 
 
 def path_in_store(store: Store, model: str) -> str | None:

@@ -52,7 +52,7 @@ def start_from(model: bytes, start: bytes, custom_objects: Mapping[str, Any], or
         When a file is damaged.
     """
     codec.require_whole(start, origin)
-    expected = _layers(model, "the model")
+    expected = _in_order(_layers(model, "the model"), _config(model, "the model"))
     if not any(shapes for _, shapes in expected.values()):
         raise ParamError(
             "warm_start needs a model that has its weights already, and this one learns its shapes from the first rows;"
@@ -130,6 +130,16 @@ def _layers(data: bytes, origin: str) -> _Layers:
     return found
 
 
+def _in_order(layers: _Layers, config: Any) -> _Layers:
+    """Put layers into the model's order, so that the first that differs is the one that was built otherwise."""
+    try:
+        names = [layer["config"]["name"] for layer in config["config"]["layers"]]
+    except (KeyError, TypeError):
+        return layers  # a class of the user's own
+    order = {name: number for number, name in enumerate(names)}
+    return dict(sorted(layers.items(), key=lambda item: order.get(item[1][0].split("/")[0], len(order))))
+
+
 def _name(archive: Any, place: str) -> str:
     """Join the names of a layer and of those that it is in; the file orders them by their kinds."""
     parts = place.split("/")
@@ -151,14 +161,20 @@ def _check_entries(model: bytes, start: bytes, origin: str) -> None:
 
 
 def _entries(data: bytes, origin: str) -> dict[str, Any]:
-    """Return what layers keep in files of their own, and the vocabularies in the configuration, which is only read."""
+    """Return what layers keep in files of their own, and the vocabularies in the configuration."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         files = {info.filename: info.CRC for info in archive.infolist() if info.filename.startswith(_ASSETS)}
+    vocabularies = enumerate(_vocabularies(_config(data, origin)), 1)
+    return files | {f"vocabulary {number}": value for number, value in vocabularies}
+
+
+def _config(data: bytes, origin: str) -> Any:
+    """Read the configuration as JSON; nothing is made of it."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
         try:
-            config = json.loads(archive.read("config.json"))
+            return json.loads(archive.read("config.json"))
         except (KeyError, ValueError, RecursionError) as exc:
             raise ModelFormatError(f"{origin} is no model file: its config.json cannot be read: {exc}") from exc
-    return files | {f"vocabulary {number}": value for number, value in enumerate(_vocabularies(config), 1)}
 
 
 def _vocabularies(config: Any) -> Iterator[Any]:

@@ -9,6 +9,7 @@ import click
 # A command and its address.
 _COMMANDS = {
     "info": "hvdspark.cli.info:info",
+    "models": "hvdspark.cli.models:models",
 }
 
 

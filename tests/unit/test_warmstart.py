@@ -103,6 +103,10 @@ def test_weights_that_only_one_of_both_has_are_named() -> None:
         start_from(short, long, {}, "there")
     with pytest.raises(ParamError, match=r"'norm' has weights of shape \(4,\), \(4,\) in the model, and no weights in"):
         start_from(long, short, {}, "there")
+    # Of several that differ the model's first one is named, whatever their order in the file.
+    wider = sequence(keras.layers.Dense(5), keras.layers.BatchNormalization())
+    with pytest.raises(ParamError, match=r"the layer 'first' has .* of shape \(4, 6\), \(6,\) in the model"):
+        start_from(sequence(keras.layers.Dense(6, name="first"), keras.layers.BatchNormalization()), wider, {}, "there")
     renamed = sequence(keras.layers.Dense(5, name="other"))
     with pytest.raises(ParamError, match=r"the layer 'only' has .* in there, where it is called 'other'"):
         start_from(short, renamed, {}, "there")
@@ -141,14 +145,18 @@ class Scale(keras.Model):  # type: ignore[misc]
 
 
 def test_another_vocabulary_is_refused() -> None:
-    def words(*vocabulary: str) -> bytes:
-        lookup = keras.layers.StringLookup(vocabulary=list(vocabulary), name="lookup")
+    def words(*vocabulary: str, adapted: bool = False) -> bytes:
+        lookup = keras.layers.StringLookup(vocabulary=None if adapted else list(vocabulary), name="lookup")
+        if adapted:
+            lookup.adapt([[word] for word in vocabulary])
         layers = [keras.Input((1,), dtype="string"), lookup, keras.layers.Embedding(4, 2), keras.layers.Flatten()]
         return codec.model_to_bytes(keras.Sequential([*layers, keras.layers.Dense(1)]))
 
     start_from(words("a", "b", "c"), words("a", "b", "c"), {}, "there")
     with pytest.raises(ParamError, match="the vocabulary 1 of the model is not that of there"):
         start_from(words("a", "b", "c"), words("a", "c", "b"), {}, "there")
+    with pytest.raises(ParamError, match=r"the assets/layers/.* of the model is not that of there"):
+        start_from(words("a", "b", adapted=True), words("a", "c", adapted=True), {}, "there")
 
 
 def test_a_model_that_is_not_built_has_nothing_to_compare(champion: keras.Model) -> None:

@@ -1,0 +1,131 @@
+"""A training that begins with the champion's weights: where its loss begins, on how many ranks, and when it goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from hvdspark.estimators import KerasEstimator, KerasModel
+from pyspark.ml import Pipeline
+from pyspark.ml.feature import VectorAssembler
+from pyspark.sql import DataFrame, SparkSession
+
+from hvdspark import Store
+from hvdspark.aliases import AliasEntry, promote
+from hvdspark.errors import ParamError, WorkerFailedError
+from hvdspark.runs import read_record
+
+
+class Broken(keras.callbacks.Callback):  # type: ignore[misc]
+    """Raises an error at the beginning of an epoch."""
+
+    def __init__(self, epoch: int) -> None:
+        super().__init__()
+        self._at = epoch
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        if epoch == self._at:
+            raise RuntimeError("broken off")
+
+
+def network(size: int = 8) -> keras.Model:
+    keras.utils.set_random_seed(3)
+    return keras.Sequential(
+        [
+            keras.Input((3,)),
+            keras.layers.Dense(size, activation="tanh", name="wide"),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dense(1),
+        ]
+    )
+
+
+def estimator(store: Store, **overrides: Any) -> KerasEstimator:
+    given: dict[str, Any] = {
+        "num_proc": 1,
+        "store": store,
+        "model": network(),
+        "optimizer": keras.optimizers.Adam(0.01),
+        "loss": "mse",
+        "feature_cols": ["v"],
+        "label_cols": ["y"],
+        "batch_size": 64,
+        "shuffle": False,
+        "scale_learning_rate": False,
+        "verbose": 0,
+    }
+    return KerasEstimator(**{**given, **overrides})
+
+
+@pytest.fixture(scope="module")
+def raw(spark: SparkSession) -> DataFrame:
+    x = np.random.default_rng(0).normal(size=(1280, 3))
+    y = x @ [2.0, -1.0, 0.5] + 5
+    return spark.createDataFrame(
+        [(*map(float, row), float(label)) for row, label in zip(x, y, strict=True)], list("abcy")
+    )
+
+
+def assert_same_weights(one: KerasModel, other: KerasModel, tolerance: float = 0.0) -> None:
+    for a, b in zip(one.getModel().get_weights(), other.getModel().get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance / 10)
+
+
+def test_a_fit_begins_where_the_champion_is_and_goes_on_from_its_own_state(
+    spark: SparkSession, store: Store, raw: DataFrame, tmp_path: Path
+) -> None:
+    assembler = VectorAssembler(inputCols=["a", "b", "c"], outputCol="v")
+    pipeline = Pipeline(stages=[assembler, estimator(store, epochs=12, run_id="cold")]).fit(raw)
+    saved = str(tmp_path / "pipeline")
+    pipeline.save(saved)
+    promote(store, "champion", AliasEntry("cold", saved))
+    df = assembler.transform(raw)
+    cold = pipeline.stages[-1].getHistory()["loss"]
+
+    def fit(**overrides: Any) -> KerasModel:
+        return estimator(store, epochs=2, warm_start="alias:champion", **overrides).fit(df)
+
+    own = network()
+    alone = fit(run_id="warm", model=own)
+    assert alone.getHistory()["loss"][0] < 1.5 * cold[-1] < 0.1 * cold[0]
+    for weight, before in zip(own.get_weights(), network().get_weights(), strict=True):
+        np.testing.assert_array_equal(weight, before)
+    note = store.read_json("runs", "warm", "warm_start.json") or {}
+    assert (note["given"], note["run_id"]) == ("alias:champion", "cold")
+    assert note["model"].startswith(f"{saved}/stages/1_")
+    assert store.read_bytes("runs/warm/checkpoints/start.keras") == pipeline.stages[-1]._data
+
+    with pytest.raises(WorkerFailedError, match="broken off"):
+        fit(run_id="broken", callbacks=[Broken(1)])
+    # Somebody else is champion now, and what was is gone; the run has begun, and goes on with what it has.
+    promote(store, "champion", AliasEntry("other", "/nowhere"))
+    again = fit(run_id="broken")
+    assert_same_weights(again, alone)
+    assert again.getHistory() == alone.getHistory()
+    record = read_record(store, "broken")
+    assert record is not None
+    assert record.state == "finished"
+
+    with pytest.raises(ParamError, match=r"the layer 'wide' has weights of shape \(3, 9\), \(9,\) in the model, and"):
+        estimator(store, model=network(9), warm_start="runs/warm", run_id="refused").fit(df)
+    assert not store.exists("runs", "refused")
+
+
+def test_one_rank_and_two_go_the_same_way_from_a_run(spark: SparkSession, store: Store, raw: DataFrame) -> None:
+    df = VectorAssembler(inputCols=["a", "b", "c"], outputCol="v").transform(raw)
+
+    def plain() -> keras.Model:
+        keras.utils.set_random_seed(3)
+        return keras.Sequential([keras.Input((3,)), keras.layers.Dense(8, "tanh"), keras.layers.Dense(1)])
+
+    first = estimator(store, model=plain(), epochs=6, run_id="first").fit(df)
+    alone, together = (
+        estimator(store, model=plain(), epochs=2, warm_start="runs/first", num_proc=n, batch_size=64 // n).fit(df)
+        for n in (1, 2)
+    )
+    assert_same_weights(alone, together, tolerance=2e-5)
+    np.testing.assert_allclose(alone.getHistory()["loss"], together.getHistory()["loss"], rtol=1e-5)
+    assert alone.getHistory()["loss"][0] < first.getHistory()["loss"][-1]
