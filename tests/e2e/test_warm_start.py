@@ -33,14 +33,8 @@ class Broken(keras.callbacks.Callback):  # type: ignore[misc]
 
 def network(size: int = 8) -> keras.Model:
     keras.utils.set_random_seed(3)
-    return keras.Sequential(
-        [
-            keras.Input((3,)),
-            keras.layers.Dense(size, activation="tanh", name="wide"),
-            keras.layers.BatchNormalization(),
-            keras.layers.Dense(1),
-        ]
-    )
+    layers = [keras.layers.Dense(size, activation="tanh", name="wide"), keras.layers.Dense(1)]
+    return keras.Sequential([keras.Input((3,)), *layers])
 
 
 def estimator(store: Store, **overrides: Any) -> KerasEstimator:
@@ -78,7 +72,7 @@ def test_a_fit_begins_where_the_champion_is_and_goes_on_from_its_own_state(
     spark: SparkSession, store: Store, raw: DataFrame, tmp_path: Path
 ) -> None:
     assembler = VectorAssembler(inputCols=["a", "b", "c"], outputCol="v")
-    pipeline = Pipeline(stages=[assembler, estimator(store, epochs=12, run_id="cold")]).fit(raw)
+    pipeline = Pipeline(stages=[assembler, estimator(store, epochs=8, run_id="cold")]).fit(raw)
     saved = str(tmp_path / "pipeline")
     pipeline.save(saved)
     promote(store, "champion", AliasEntry("cold", saved))
@@ -90,7 +84,10 @@ def test_a_fit_begins_where_the_champion_is_and_goes_on_from_its_own_state(
 
     own = network()
     alone = fit(run_id="warm", model=own)
-    assert alone.getHistory()["loss"][0] < 1.5 * cold[-1] < 0.1 * cold[0]
+    assert alone.getHistory()["loss"][0] < 1.1 * cold[-1] < 0.2 * cold[0]
+    together = fit(num_proc=2, batch_size=32)
+    assert_same_weights(alone, together, tolerance=2e-5)
+    np.testing.assert_allclose(alone.getHistory()["loss"], together.getHistory()["loss"], rtol=1e-5)
     for weight, before in zip(own.get_weights(), network().get_weights(), strict=True):
         np.testing.assert_array_equal(weight, before)
     note = store.read_json("runs", "warm", "warm_start.json") or {}
@@ -112,20 +109,3 @@ def test_a_fit_begins_where_the_champion_is_and_goes_on_from_its_own_state(
     with pytest.raises(ParamError, match=r"the layer 'wide' has weights of shape \(3, 9\), \(9,\) in the model, and"):
         estimator(store, model=network(9), warm_start="runs/warm", run_id="refused").fit(df)
     assert not store.exists("runs", "refused")
-
-
-def test_one_rank_and_two_go_the_same_way_from_a_run(spark: SparkSession, store: Store, raw: DataFrame) -> None:
-    df = VectorAssembler(inputCols=["a", "b", "c"], outputCol="v").transform(raw)
-
-    def plain() -> keras.Model:
-        keras.utils.set_random_seed(3)
-        return keras.Sequential([keras.Input((3,)), keras.layers.Dense(8, "tanh"), keras.layers.Dense(1)])
-
-    first = estimator(store, model=plain(), epochs=6, run_id="first").fit(df)
-    alone, together = (
-        estimator(store, model=plain(), epochs=2, warm_start="runs/first", num_proc=n, batch_size=64 // n).fit(df)
-        for n in (1, 2)
-    )
-    assert_same_weights(alone, together, tolerance=2e-5)
-    np.testing.assert_allclose(alone.getHistory()["loss"], together.getHistory()["loss"], rtol=1e-5)
-    assert alone.getHistory()["loss"][0] < first.getHistory()["loss"][-1]
