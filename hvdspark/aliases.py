@@ -22,7 +22,7 @@ from typing import Any
 from hvdspark import lease
 from hvdspark.errors import AliasConflictError, AliasError, ParamError, closest
 from hvdspark.runs import RUNS, read_record, run_folder
-from hvdspark.store import Store
+from hvdspark.store import Store, _normalize
 
 ALIASES = "aliases"
 
@@ -259,8 +259,12 @@ def entry_of_run(store: Store, run_id: str, model: str | None = None) -> AliasEn
 
 
 def path_in_store(store: Store, model: str) -> str | None:
-    """Return the path, relative to the Store, of an entry's model; ``None`` for one that is elsewhere."""
-    inside = model.removeprefix(f"{store.url}/")
+    """Return the path, relative to the Store, of an entry's model; ``None`` for one that is elsewhere.
+
+    Addresses as Spark spells them are known, too: ``file:///shared/…``, ``s3a://…``.
+    """
+    is_address = model.startswith("/") or ":" in model.partition("/")[0]
+    inside = _normalize(model).removeprefix(f"{store.url}/") if is_address else model
     return None if inside.startswith("/") or "://" in inside else inside
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 import pytest
 from hvdspark.estimators import KerasEstimator, KerasModel
-from pyspark.ml import Pipeline
-from pyspark.ml.feature import VectorAssembler
 from pyspark.sql import DataFrame, SparkSession
 
 from hvdspark import Store
-from hvdspark.aliases import AliasEntry, promote
+from hvdspark.aliases import AliasEntry, entry_of_run, promote
 from hvdspark.errors import ParamError, WorkerFailedError
 from hvdspark.runs import read_record
 
@@ -44,7 +41,7 @@ def estimator(store: Store, **overrides: Any) -> KerasEstimator:
         "model": network(),
         "optimizer": keras.optimizers.Adam(0.01),
         "loss": "mse",
-        "feature_cols": ["v"],
+        "feature_cols": [["a", "b", "c"]],
         "label_cols": ["y"],
         "batch_size": 64,
         "shuffle": False,
@@ -55,7 +52,7 @@ def estimator(store: Store, **overrides: Any) -> KerasEstimator:
 
 
 @pytest.fixture(scope="module")
-def raw(spark: SparkSession) -> DataFrame:
+def df(spark: SparkSession) -> DataFrame:
     x = np.random.default_rng(0).normal(size=(1280, 3))
     y = x @ [2.0, -1.0, 0.5] + 5
     return spark.createDataFrame(
@@ -68,16 +65,10 @@ def assert_same_weights(one: KerasModel, other: KerasModel, tolerance: float = 0
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance / 10)
 
 
-def test_a_fit_begins_where_the_champion_is_and_goes_on_from_its_own_state(
-    spark: SparkSession, store: Store, raw: DataFrame, tmp_path: Path
-) -> None:
-    assembler = VectorAssembler(inputCols=["a", "b", "c"], outputCol="v")
-    pipeline = Pipeline(stages=[assembler, estimator(store, epochs=8, run_id="cold")]).fit(raw)
-    saved = str(tmp_path / "pipeline")
-    pipeline.save(saved)
-    promote(store, "champion", AliasEntry("cold", saved))
-    df = assembler.transform(raw)
-    cold = pipeline.stages[-1].getHistory()["loss"]
+def test_a_fit_begins_where_the_champion_is_and_goes_on_from_its_own_state(store: Store, df: DataFrame) -> None:
+    first = estimator(store, epochs=8, run_id="cold").fit(df)
+    cold = first.getHistory()["loss"]
+    promote(store, "champion", entry_of_run(store, "cold"))
 
     def fit(**overrides: Any) -> KerasModel:
         return estimator(store, epochs=2, warm_start="alias:champion", **overrides).fit(df)
@@ -92,13 +83,14 @@ def test_a_fit_begins_where_the_champion_is_and_goes_on_from_its_own_state(
         np.testing.assert_array_equal(weight, before)
     note = store.read_json("runs", "warm", "warm_start.json") or {}
     assert (note["given"], note["run_id"]) == ("alias:champion", "cold")
-    assert note["model"].startswith(f"{saved}/stages/1_")
-    assert store.read_bytes("runs/warm/checkpoints/start.keras") == pipeline.stages[-1]._data
+    assert note["model"] == store.url_of("runs/cold/model.keras")
+    assert store.read_bytes("runs/warm/checkpoints/start.keras") == first._data
 
     with pytest.raises(WorkerFailedError, match="broken off"):
         fit(run_id="broken", callbacks=[Broken(1)])
-    # Somebody else is champion now, and what was is gone; the run has begun, and goes on with what it has.
+    # Another model is champion now, which is gone; the run has begun, and goes on with what it has.
     promote(store, "champion", AliasEntry("other", "/nowhere"))
+    store.delete("runs", "cold")
     again = fit(run_id="broken")
     assert_same_weights(again, alone)
     assert again.getHistory() == alone.getHistory()

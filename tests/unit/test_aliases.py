@@ -17,7 +17,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvdspark import Store
-from hvdspark.aliases import KEPT, AliasEntry, list_aliases, promote, read_alias, rollback, runs_in_use, to_json
+from hvdspark.aliases import (
+    KEPT,
+    AliasEntry,
+    list_aliases,
+    path_in_store,
+    promote,
+    read_alias,
+    rollback,
+    runs_in_use,
+    to_json,
+)
 from hvdspark.errors import AliasConflictError, AliasError, ParamError
 
 RUNS = ("a", "b", "c", "d")
@@ -101,7 +111,8 @@ def test_an_alias_that_was_changed_meanwhile_is_left_alone(store: Store, expecte
 
 def test_nothing_goes_back_to_a_model_that_is_no_longer_there(store: Store) -> None:
     store.publish_bytes(b"", "runs/a/model.keras")
-    for run_id, model in (("a", "runs/a/model.keras"), ("b", store.url_of("runs/b/model.keras")), ("c", "/elsewhere")):
+    gone = f"file://{store.url_of('runs/b/model.keras')}"  # as Spark may spell it
+    for run_id, model in (("a", "runs/a/model.keras"), ("b", gone), ("c", "/elsewhere")):
         promote(store, "champion", AliasEntry(run_id, model))
     with pytest.raises(AliasError, match="to the run 'b': its model"):
         rollback(store, "champion")
@@ -138,6 +149,23 @@ def test_a_damaged_alias_is_named_and_never_written_over(store: Store, damage: b
             act()
         assert caught.value.alias == "champion"
     assert store.read_bytes("aliases/champion.json") == damage
+
+
+@pytest.mark.parametrize(
+    ("url", "model", "path"),
+    [
+        ("/shared/x", "runs/a/model.keras", "runs/a/model.keras"),
+        ("/shared/x", "/shared/x/runs/a", "runs/a"),
+        ("/shared/x", "file:///shared/x/runs/a/", "runs/a"),
+        ("/shared/x", "file:/shared/x/runs/a", "runs/a"),
+        ("/shared/x", "/shared/xy/runs/a", None),
+        ("/shared/x", "hdfs://host/shared/x/runs/a", None),
+        ("memory://x", "memory://x/runs/a", "runs/a"),
+        ("memory://x", "/x/runs/a", None),
+    ],
+)
+def test_a_model_in_the_store_is_known_by_all_its_addresses(url: str, model: str, path: str | None) -> None:
+    assert path_in_store(Store.create(url), model) == path
 
 
 def test_what_no_alias_can_be_is_refused(store: Store) -> None:
