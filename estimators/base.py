@@ -31,6 +31,7 @@ from hvdspark.run import active_session
 from hvdspark.runs import log_folder
 from hvdspark.store import Store
 from hvdspark.warmstart import WarmStart
+from hvdspark.worker.checkpoint import BestOf
 from hvdspark.worker.job import Job
 
 if TYPE_CHECKING:
@@ -72,6 +73,17 @@ class HorovodEstimator(Estimator, EstimatorParams, abc.ABC):  # type: ignore[typ
     @abc.abstractmethod
     def _make_model(self, data: bytes, result: TrainResult) -> HorovodModel:
         """Wrap the trained model's file."""
+
+    def _best_of(self) -> BestOf | None:
+        """Return which epoch's model is kept; ``None`` for the last one's."""
+        return None
+
+    def _attribute_facts(self) -> dict[str, Any]:
+        """Describe what is no parameter by JSON values, for the run's record; secrets have no place there."""
+        store = self._store
+        if store is None:
+            return {}
+        return {"store": store.url, "storage_options": sorted(store.ref().storage_options)}
 
     def fit_on_parquet(
         self, path: str | os.PathLike[str], validation_path: str | os.PathLike[str] | None = None

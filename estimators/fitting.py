@@ -18,6 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import cloudpickle
+from hvdspark.estimators.facts import data_facts, kept_metrics, params_of
 from hvdspark.estimators.outputs import planned_outputs
 from hvdspark.estimators.sources import RowSource, Work, WorkFor
 from hvdspark.estimators.starting import find_start
@@ -26,15 +27,18 @@ from pyspark.sql.types import StructType
 from hvdspark.data.feed import FedStage
 from hvdspark.data.partitions import Split
 from hvdspark.data.planning import FitDraft
-from hvdspark.errors import NotEnoughSlotsError, ParamError, StageLostError, WorkerFailedError
+from hvdspark.errors import NotEnoughSlotsError, ParamError, RunInProgressError, StageLostError, WorkerFailedError
 from hvdspark.launch.barrier import run_barrier, warm_up
 from hvdspark.launch.options import LaunchOptions
 from hvdspark.launch.slots import await_slots, check_slots, count_slots
 from hvdspark.launch.transport import check_transport
 from hvdspark.plan import BatchSpec, ColumnSpec, FitPlan, TrainResult
 from hvdspark.predict import scored_schema
-from hvdspark.runs import in_progress, is_in_progress, log_folder, next_attempt, recorded, run_folder
+from hvdspark.recording import Recording, recorded
+from hvdspark.retention import discard
+from hvdspark.runs import busy, in_progress, is_in_progress, is_removed, log_folder, next_attempt, run_folder
 from hvdspark.store import Store
+from hvdspark.versions import package_versions
 from hvdspark.warmstart import WarmStart, keep_start, recall_start
 from hvdspark.worker.checkpoint import MODEL
 
@@ -56,6 +60,8 @@ class Fit:
         The rows.
     """
 
+    _recording: Recording
+
     def __init__(self, estimator: HorovodEstimator, source: RowSource) -> None:
         self._estimator = estimator
         self._source = source
@@ -69,14 +75,17 @@ class Fit:
         with self._timed("check"):
             store, draft, options = self._check(session)
         with ExitStack() as stack:
-            # A fit that fails before the ranks begin leaves nothing.
+            # Nothing is left of a run whose record cannot be written.
             stack.callback(store.delete_if_empty, run_folder(self._run_id))
             stack.enter_context(in_progress(store, self._run_id))
+            # Another fit may have trained it since it was looked at.
+            self._check_unfinished(store)
+            self._begin(store, draft, stack)
             with self._timed("write"):
                 meanwhile = partial(warm_up, session, draft.size, options)
                 work_for = stack.enter_context(self._source.provided(draft, meanwhile))
                 work = work_for(draft.size)
-            stack.enter_context(recorded(store, self._run_id))
+            self._recording.note(data=data_facts(self._source.facts, draft, work))
             if self._start is not None:
                 keep_start(store, self._run_id, self._start, estimator._suffix)
             with self._timed("launch"):
@@ -85,7 +94,9 @@ class Fit:
             result: TrainResult = cloudpickle.loads(answers[0])
             with self._timed("publish"):
                 model = estimator._make_model(store.read_bytes(result.model_path), result)
-        self._account(result)
+                metrics, epoch = kept_metrics(result.history, estimator._best_of())
+                self._recording.note(artefacts={"model": result.model_path}, metrics=metrics, epoch=epoch)
+            self._account(result)
         model._resetUid(estimator.uid)
         estimator._copyValues(model)
         model._set(run_id=self._run_id)
@@ -93,6 +104,21 @@ class Fit:
         self._say("phases: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self._phases.items()))
         self._say(f"{result.rows_per_s:,.0f} rows per second; steps waited {result.data_wait_share:.1%} for rows")
         return model
+
+    def _begin(self, store: Store, draft: FitDraft, stack: ExitStack) -> None:
+        """Begin the run's record."""
+        if is_removed(store, self._run_id):
+            discard(store, self._run_id)
+        estimator = self._estimator
+        facts = {
+            "kind": estimator._kind,
+            "params": {**params_of(estimator), "num_proc": draft.size, "run_id": self._run_id},
+            "versions": package_versions(),
+            "data": data_facts({}, draft),
+            # The very dictionary, so that the record has each phase as soon as it has ended.
+            "phases": self._phases,
+        }
+        self._recording = stack.enter_context(recorded(store, self._run_id, **facts))
 
     def _launch(self, store: Store, wanted: int, work: Work, work_for: WorkFor, options: LaunchOptions) -> list[bytes]:
         """Run the ranks, and again from their last checkpoint when some were killed or lost."""
@@ -122,10 +148,11 @@ class Fit:
     def _attempt(self, size: int, work: Work, options: LaunchOptions) -> list[bytes]:
         """Run the ranks once."""
         job, session = self._estimator._job(), self._source.session
-        if isinstance(work, FedStage):
-            return run_barrier(session, size, cloudpickle.dumps(job), options, work)
-        self._describe(work)
-        return run_barrier(session, size, cloudpickle.dumps(job.after(work)), options)
+        with self._recording.attempt(size):
+            if isinstance(work, FedStage):
+                return run_barrier(session, size, cloudpickle.dumps(job), options, work)
+            self._describe(work)
+            return run_barrier(session, size, cloudpickle.dumps(job.after(work)), options)
 
     def _size_now(self, wanted: int, options: LaunchOptions) -> int:
         """Return how many ranks to go on with: fewer than were wanted where that is allowed and no more can be had."""
@@ -169,16 +196,16 @@ class Fit:
 
     def _check_run(self, store: Store) -> None:
         """Refuse a run that is finished, or that another fit is at; one that was interrupted goes on."""
-        folder = run_folder(self._run_id)
-        if any(name.startswith(f"{MODEL}.") for name in store.list(folder)):
+        self._check_unfinished(store)
+        if is_in_progress(store, self._run_id):
+            raise RunInProgressError(busy(self._run_id), run_id=self._run_id)
+
+    def _check_unfinished(self, store: Store) -> None:
+        has_model = any(name.startswith(f"{MODEL}.") for name in store.list(run_folder(self._run_id)))
+        if has_model and not is_removed(store, self._run_id):
             raise ParamError(
                 f"run_id='{self._run_id}' exists already in {store} and is finished; give another one, or none for a"
                 " new one",
-                param="run_id",
-            )
-        if is_in_progress(store, self._run_id):
-            raise ParamError(
-                f"run_id='{self._run_id}' is being trained by another fit; wait for it, or give another one",
                 param="run_id",
             )
 
@@ -242,8 +269,10 @@ class Fit:
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
-        yield
-        self._phases[phase] = time.perf_counter() - start
+        try:
+            yield
+        finally:
+            self._phases[phase] = time.perf_counter() - start
 
 
 def new_run_id(kind: str) -> str:

@@ -6,9 +6,10 @@ import abc
 import json
 import posixpath
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from py4j.protocol import Py4JJavaError
@@ -16,6 +17,7 @@ from py4j.protocol import Py4JJavaError
 from hvdspark.data import schema
 from hvdspark.data.columns import spark_schema
 from hvdspark.data.feed import FedStage, fed_stage
+from hvdspark.data.fingerprint import files_fingerprint, fingerprint
 from hvdspark.data.materialize import MANIFEST, dataset_key, load_manifest, materialize, require_files
 from hvdspark.data.parquet import Survey, open_parquet, survey
 from hvdspark.data.partitions import TRAIN, VAL
@@ -52,10 +54,14 @@ class RowSource(abc.ABC):
         The session to run in.
     schema
         The columns, as a DataFrame has them.
+    facts
+        What the run's record is to say of the rows: ``source``, ``fingerprint``, and what else there is; known once
+        they are provided.
     """
 
     session: SparkSession
     schema: StructType
+    facts: Mapping[str, Any] = MappingProxyType({})
 
     @abc.abstractmethod
     def check(self, validation: float | str | None) -> None:
@@ -117,10 +123,12 @@ class FrameSource(_FrameRows):
             meanwhile()
             materialize(self._df, draft.columns, draft.split, store, folder)
 
-        key = dataset_key(self._df, draft.columns, draft.split) if self._keep else None
+        found = fingerprint(self._df)
+        key = dataset_key(found, draft.columns, draft.split) if self._keep and found else None
         # Without a key nobody could find it again.
         with dataset_of(store, key or uuid.uuid4().hex, write, keep=key is not None) as folder:
             manifest = load_manifest(store, folder)
+            self.facts = {"source": "DataFrame", "fingerprint": found, "dataset": folder}
             yield lambda size: replace(draft, size=size).complete(manifest, draft.store, folder)
 
 
@@ -136,6 +144,7 @@ class FedSource(_FrameRows):
     @contextmanager
     def provided(self, draft: FitDraft, meanwhile: Callable[[], None]) -> Iterator[WorkFor]:  # noqa: ARG002
         """Share the rows out among the tasks of the ranks' stage."""
+        self.facts = {"source": "DataFrame", "fingerprint": fingerprint(self._df)}
         yield lambda size: fed_stage(self._df, replace(draft, size=size))
 
 
@@ -182,6 +191,11 @@ class ParquetSource(RowSource):
     def provided(self, draft: FitDraft, meanwhile: Callable[[], None]) -> Iterator[WorkFor]:  # noqa: ARG002
         """Look at the files, and make one dataset of training and validation rows."""
         store, manifest = self._survey(draft.columns) if self._written is None else self._written
+        self.facts = {
+            "source": self._path,
+            "validation_source": self._validation_path,
+            "fingerprint": files_fingerprint(store, manifest),
+        }
         yield lambda size: replace(draft, size=size).complete(manifest, store.ref(), "")
 
     def _survey(self, columns: tuple[ColumnSpec, ...]) -> tuple[Store, Manifest]:

@@ -14,6 +14,7 @@
     │   ├── ValueRangeError
     │   └── CorruptDatasetError       a materialized dataset that is not whole
     ├── StoreError                    the Store cannot be read or written
+    ├── RunInProgressError            another driver is at the run
     ├── AliasError                    an alias is damaged, or there is nothing to go back to
     │   └── AliasConflictError        it refers to another run than the one expected
     ├── LaunchError                   the ranks did not come up
@@ -185,6 +186,18 @@ class StoreError(HvdSparkError):
     """
 
     url: str
+
+
+class RunInProgressError(HvdSparkError):
+    """Another driver holds the lease of the run; it can be waited for.
+
+    Attributes
+    ----------
+    run_id : str
+        Name of the run.
+    """
+
+    run_id: str
 
 
 class AliasError(HvdSparkError):

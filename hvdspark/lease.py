@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_FOLDER = "leases"
+FOLDER = "leases"
 
 # A lease that was not renewed for so long is that of a process which died. Hosts' clocks may differ by less.
 RENEWAL_S = 20.0
@@ -71,7 +71,7 @@ def held(store: Store, folder: str, kind: str) -> Iterator[str]:
     StoreError
         When the lease cannot be written at first; later failures are only logged.
     """
-    name = f"{folder}/{_FOLDER}/{kind}-{uuid.uuid4().hex[:12]}.json"
+    name = f"{folder}/{FOLDER}/{kind}-{uuid.uuid4().hex[:12]}.json"
     ended = threading.Event()
 
     def renew() -> None:
@@ -94,7 +94,7 @@ def held(store: Store, folder: str, kind: str) -> Iterator[str]:
         _own.discard((store.url, name))
         with contextlib.suppress(StoreError):
             store.delete(name)
-        store.delete_if_empty(folder, _FOLDER)
+        store.delete_if_empty(folder, FOLDER)
 
 
 @contextlib.contextmanager
@@ -128,7 +128,7 @@ def held_alone(store: Store, folder: str, kind: str, timeout_s: float = STALE_S 
         if time.monotonic() > deadline:
             raise StoreError(
                 f"other processes hold {store.url_of(folder)} ({kind}) for {timeout_s:.0f} s already; try again when"
-                f" they have ended, and if none is running, remove {store.url_of(folder, _FOLDER)}",
+                f" they have ended, and if none is running, remove {store.url_of(folder, FOLDER)}",
                 url=store.url_of(folder),
             )
         time.sleep(random.uniform(pause_s / 5, pause_s))
@@ -145,9 +145,16 @@ def is_held(store: Store, folder: str, kind: str = "", *, but: str = "") -> bool
     but
         The name of one that does not count, as :func:`held` gives it.
     """
-    names = [name for name in store.list(folder, _FOLDER) if name.startswith(kind) and name.endswith(".json")]
-    places = (f"{folder}/{_FOLDER}/{name}" for name in names)
+    names = [name for name in store.list(folder, FOLDER) if name.startswith(kind) and name.endswith(".json")]
+    places = (f"{folder}/{FOLDER}/{name}" for name in names)
     return any(_is_alive(store, place) for place in places if place != but)
+
+
+def remove_dead(store: Store, folder: str) -> None:
+    """Remove the leases on a folder whose holders have died; raises :class:`StoreError` when that cannot be."""
+    for name in store.list(folder, FOLDER):
+        if not _is_alive(store, f"{folder}/{FOLDER}/{name}"):
+            store.delete(folder, FOLDER, name)
 
 
 def _publish_first(store: Store, name: str) -> None:

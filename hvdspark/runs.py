@@ -1,32 +1,77 @@
 """What has become of a run: a record in its folder, which its driver writes and anybody can read.
 
 A driver that is killed writes nothing more. So a record that says ``running`` is believed only as long as its driver
-holds the run's lease.
+holds the run's lease; and what the ranks have left in the folder by themselves is read with it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
-import logging
+import math
 import posixpath
-import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from hvdspark.errors import HvdSparkError, StageLostError, StoreError
-from hvdspark.lease import held, is_held
+from hvdspark.errors import ParamError, RunInProgressError, StoreError
+from hvdspark.lease import held_alone, is_held
 from hvdspark.store import Store
 
 RUNS = "runs"
+RECORD, LAUNCH, HISTORY = "run.json", "launch.json", "history.json"
 
-_RECORD = "run.json"
+# Says in the place of a record that the run is no longer one, and that what is left of it has to go.
+REMOVED = b'{"removed": true}'
+
+# What ended an attempt whose driver said nothing of it.
+GONE = "its driver is gone"
+
 _LEASE = "driver"
 
-logger = logging.getLogger(__name__)
+# Two fits that begin at once see each other, and one of them goes on within moments.
+_CLAIM_S = 2.0
 
-State = Literal["running", "finished", "failed", "interrupted"]
+# "damaged" is never written: it is what a reader says of a record that makes no sense.
+State = Literal["running", "finished", "failed", "interrupted", "damaged"]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One launch of the ranks.
+
+    Parameters
+    ----------
+    started, ended
+        Seconds since the epoch, by the driver's clock.
+    cause
+        The first line of the error that ended it; ``None`` where nothing did.
+    ranks
+        How many there were.
+    """
+
+    started: float
+    ended: float | None = None
+    cause: str | None = None
+    ranks: int | None = None
+
+
+@dataclass(frozen=True)
+class RankPlace:
+    """Where a rank ran.
+
+    Parameters
+    ----------
+    rank, local_rank
+        Its number among all, and among those of its host.
+    host
+        Name of the host, as Spark knows it.
+    """
+
+    rank: int
+    host: str
+    local_rank: int
 
 
 @dataclass(frozen=True)
@@ -38,12 +83,38 @@ class RunRecord:
     run_id
         Its name.
     state
-        ``"running"``; ``"finished"``; ``"failed"``, for the reason that ``cause`` tells; or ``"interrupted"``: its
-        driver is gone, was stopped by the user, or Spark's job was cancelled.
+        ``"running"``; ``"finished"``; ``"failed"``, for the reason that ``cause`` tells; ``"interrupted"``: its
+        driver is gone, was stopped by the user, or Spark's job was cancelled; or ``"damaged"``: its record makes no
+        sense, and only the name is known.
     started, ended
-        Seconds since the epoch, by the driver's clock. For a run that goes on after an interruption, when it did.
+        Seconds since the epoch, by the driver's clock. For a run that goes on after an interruption, when it did; its
+        first attempt tells when it began.
     cause
         The first line of the error.
+    kind
+        What trained, such as ``"keras"``.
+    params
+        The estimator's parameters as JSON values; of storage options and environment variables the names alone.
+    versions
+        Of the packages on the driver.
+    data
+        ``source``, ``fingerprint`` (``None`` where nobody can tell), ``dataset`` (folder in the Store), ``rows``,
+        ``val_rows`` and ``columns``, as far as they are known.
+    hosts
+        Where each rank ran in the last attempt.
+    phases
+        Seconds that each phase took, of the driver that was the last at it.
+    artefacts
+        Paths in the Store of what the run made, by kind: ``"model"``.
+    attempts
+        All launches of the ranks, those before an interruption too.
+    metrics
+        Those of the model that was kept; of a run that has not finished, of its last epoch. NaN where they were not
+        finite.
+    epoch
+        The epoch, counted from 1, that ``metrics`` are of: the last one, unless the estimator keeps the best.
+    mlflow_run_id
+        The run in MLflow that it was logged to.
     """
 
     run_id: str
@@ -51,6 +122,27 @@ class RunRecord:
     started: float
     ended: float | None = None
     cause: str | None = None
+    kind: str = ""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    hosts: tuple[RankPlace, ...] = ()
+    phases: Mapping[str, float] = field(default_factory=dict)
+    artefacts: Mapping[str, str] = field(default_factory=dict)
+    attempts: tuple[Attempt, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    epoch: int | None = None
+    mlflow_run_id: str | None = None
+
+    @property
+    def began(self) -> float:
+        """When the run began, its earlier attempts included."""
+        return min([self.started, *(attempt.started for attempt in self.attempts)])
+
+    def to_json(self) -> dict[str, Any]:
+        """Describe it by JSON values; a number that is not finite becomes ``None``, because JSON has none."""
+        plain: dict[str, Any] = finite_only(asdict(self))
+        return plain
 
 
 def run_folder(run_id: str) -> str:
@@ -85,15 +177,30 @@ def read_record(store: Store, run_id: str) -> RunRecord | None:
     Returns
     -------
     RunRecord or None
-        ``None`` where there is no such run, or it has not begun to train.
+        ``None`` where there is no such run, or it is being removed. A record that makes no sense is one with the state
+        ``"damaged"``; what a newer version wrote besides is left out.
+
+    Raises
+    ------
+    StoreError
+        When the Store cannot be read.
     """
-    values: dict[str, Any] | None = store.read_json(_place(run_id))
-    if values is None:
-        return None
-    record = RunRecord(**values)
+    record = stored_record(store, run_id)
+    if record is None or record.state in ("finished", "failed", "damaged"):
+        return record
     if record.state == "running" and not is_in_progress(store, run_id):
-        return replace(record, state="interrupted", cause="its driver is gone")
-    return record
+        record = closed(replace(record, state="interrupted", cause=GONE), None)
+    return with_traces(store, record)
+
+
+def run_names(store: Store) -> list[str]:
+    """Return the names in the folder of runs, whatever is behind them; what cannot be a run's name is left out."""
+    names = []
+    for name in store.list(RUNS):
+        with contextlib.suppress(ParamError):
+            store.path(run_folder(name))
+            names.append(name)
+    return names
 
 
 def is_in_progress(store: Store, run_id: str) -> bool:
@@ -103,45 +210,123 @@ def is_in_progress(store: Store, run_id: str) -> bool:
 
 @contextlib.contextmanager
 def in_progress(store: Store, run_id: str) -> Iterator[None]:
-    """Hold the run for the time of a block, so that no other driver begins with it; raises :class:`StoreError`."""
-    with held(store, run_folder(run_id), _LEASE):
+    """Hold the run for the time of a block, so that nobody else trains or removes it.
+
+    Raises
+    ------
+    RunInProgressError
+        When another holds it.
+    StoreError
+        When the Store cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(held_alone(store, run_folder(run_id), _LEASE, _CLAIM_S))
+        except StoreError as exc:
+            if is_in_progress(store, run_id):
+                raise RunInProgressError(busy(run_id), run_id=run_id) from exc
+            raise
         yield
 
 
-@contextlib.contextmanager
-def recorded(store: Store, run_id: str) -> Iterator[None]:
-    """Keep a record of what becomes of a run in the block; errors of the block go through."""
-    record = RunRecord(run_id, "running", time.time())
-    _write(store, record)
-    # A Store that goes meanwhile is not made anew for a note.
-    store = store.within(run_folder(run_id))
+def is_removed(store: Store, run_id: str) -> bool:
+    """Whether somebody has begun to remove the run, and is at it still or has died of it."""
+    place = record_place(run_id)
+    return store.exists(place) and store.read_bytes(place) == REMOVED
+
+
+def busy(run_id: str) -> str:
+    """Say that another is at a run."""
+    return f"run_id='{run_id}' is being trained by another fit; wait for it, or give another one"
+
+
+def finite_only(value: Any) -> Any:
+    """Return JSON values with ``None`` for numbers that are not finite, and lists for tuples."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(name): finite_only(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_only(item) for item in value]
+    return value
+
+
+def closed(record: RunRecord, ended: float | None, cause: str | None = GONE) -> RunRecord:
+    """Return the record with its last attempt ended, where that had not been."""
+    if not record.attempts or record.attempts[-1].ended is not None or record.attempts[-1].cause is not None:
+        return record
+    *before, last = record.attempts
+    return replace(record, attempts=(*before, replace(last, ended=ended, cause=cause)))
+
+
+def with_traces(store: Store, record: RunRecord) -> RunRecord:
+    """Return the record with what the ranks left in the run's folder, where the driver has not noted that."""
+    launch = store.read_json(log_folder(record.run_id, max(1, next_attempt(store, record.run_id) - 1)), LAUNCH) or {}
+    if not record.hosts:
+        with contextlib.suppress(KeyError, TypeError):
+            record = replace(record, hosts=tuple(RankPlace(**place) for place in launch["hosts"]))
+    counted = {name: launch[name] for name in ("rows", "val_rows") if isinstance(launch.get(name), int)}
+    if counted:
+        record = replace(record, data={**record.data, **counted})
+    epochs = () if record.metrics else epochs_of(store, record.run_id)
+    if epochs:
+        record = replace(record, metrics=numbers(epochs[-1]["metrics"]), epoch=epochs[-1]["epoch"])
+    return record
+
+
+def epochs_of(store: Store, run_id: str) -> tuple[Mapping[str, Any], ...]:
+    """Return the entries of a run's ``history.json`` as they were written; those that make no sense are left out.
+
+    Each has the keys ``epoch``, counted from 1, and ``metrics`` at least.
+    """
+    found = (store.read_json(run_folder(run_id), HISTORY) or {}).get("epochs")
+    return tuple(entry for entry in found if _is_epoch(entry)) if isinstance(found, list) else ()
+
+
+def _is_epoch(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("epoch"), int)
+        and isinstance(entry.get("metrics"), dict)
+        and all(isinstance(value, int | float | None) for value in entry["metrics"].values())
+    )
+
+
+def numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """Read metrics from JSON, which has ``None`` for what is not finite."""
+    return {name: math.nan if value is None else float(value) for name, value in values.items()}
+
+
+def stored_record(store: Store, run_id: str) -> RunRecord | None:
+    """Return a record as it was written, which of a run that is over without a word still says that it runs."""
+    if not store.exists(record_place(run_id)):
+        return None
+    data = store.read_bytes(record_place(run_id))
+    if data == REMOVED:
+        return None
     try:
-        yield
-    except BaseException as exc:
-        state: State = "interrupted" if _is_interruption(exc) else "failed"
-        _write(store, replace(record, state=state, ended=time.time(), cause=_first_line(exc)))
-        raise
-    _write(store, replace(record, state="finished", ended=time.time()))
+        values = json.loads(data)
+        if not isinstance(values, dict):
+            raise TypeError(f"it holds a {type(values).__name__}, no JSON object")
+        return _record_from({**values, "run_id": run_id, "metrics": numbers(values.get("metrics") or {})})
+    except (ValueError, TypeError, AttributeError) as exc:
+        reason = " ".join(str(exc).split())[:200]
+        return RunRecord(run_id, "damaged", math.nan, cause=f"{RECORD} makes no sense: {reason}")
 
 
-def _is_interruption(exc: BaseException) -> bool:
-    # Spark's own way of Ctrl-C is to cancel all jobs.
-    is_cancelled = isinstance(exc, StageLostError) and not exc.is_passing
-    return is_cancelled or not isinstance(exc, Exception)
+def _record_from(values: Mapping[str, Any]) -> RunRecord:
+    record: RunRecord = _reader().validate_python(values)
+    return record
 
 
-def _first_line(exc: BaseException) -> str:
-    text = str(exc).strip().partition("\n")[0]
-    return text if isinstance(exc, HvdSparkError) else f"{type(exc).__name__}: {text}".rstrip(": ")
+@functools.cache
+def _reader() -> Any:
+    # Imported here: the ranks need the names of folders only.
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(RunRecord)
 
 
-def _write(store: Store, record: RunRecord) -> None:
-    try:
-        store.publish_bytes(json.dumps(asdict(record)).encode(), _place(record.run_id))
-    except (OSError, StoreError) as exc:
-        # What is trained is worth more than the note of it.
-        logger.warning("cannot record that %s is %s: %s", record.run_id, record.state, exc)
-
-
-def _place(run_id: str) -> str:
-    return posixpath.join(run_folder(run_id), _RECORD)
+def record_place(run_id: str) -> str:
+    """Return where a run's record is, relative to the Store."""
+    return posixpath.join(run_folder(run_id), RECORD)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from hvdspark.estimators.base import HorovodEstimator, Tensors
 from hvdspark.estimators.keras import codec, starting
+from hvdspark.estimators.keras.facts import config_facts, model_facts
 from hvdspark.estimators.keras.model import KerasModel
 from hvdspark.estimators.keras.spec import KerasSpec
 from hvdspark.estimators.keywords import sort_out
@@ -350,6 +351,17 @@ class KerasEstimator(HorovodEstimator, Persistable):
 
         functions = codec.functions_in([self._loss, self._metrics])
         return {**keras.saving.get_custom_objects(), **functions, **dict(self._custom_objects or {})}
+
+    def _attribute_facts(self) -> dict[str, Any]:
+        best_of = self._best_of()
+        return {
+            **super()._attribute_facts(),
+            "model": model_facts(self._required_model()),
+            **{name: config_facts(codec.to_config(getattr(self, f"_{name}"))) for name in _COMPILING},
+            "callbacks": [type(callback).__name__ for callback in self._callbacks or ()],
+            "custom_objects": sorted(self._custom_objects or {}),
+            "checkpoint_callback": None if best_of is None else {"monitor": best_of.monitor, "mode": best_of.mode},
+        }
 
     def _best_of(self) -> BestOf | None:
         callback = self._checkpoint_callback

@@ -10,6 +10,7 @@ import click
 _COMMANDS = {
     "info": "hvdspark.cli.info:info",
     "models": "hvdspark.cli.models:models",
+    "runs": "hvdspark.cli.runs:runs",
 }
 
 

@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
 import subprocess
 import sys
 
 import click
 
-_DISTRIBUTIONS = (
-    "hvdspark",
-    "horovod",
-    "tensorflow-cpu",
-    "tensorflow",
-    "keras",
-    "pyspark",
-    "petastorm",
-    "pyarrow",
-    "numpy",
-    "mpi4py",
-    "mpich",
-)
+from hvdspark.versions import installed_versions
 
 # In a process of its own, because importing TensorFlow takes seconds and prints.
 _BUILT = """
@@ -43,12 +29,7 @@ def info(as_json: bool) -> None:
 
     Ends with exit code 1 when Horovod cannot be loaded.
     """
-    versions = {"python": platform.python_version()}
-    for name in _DISTRIBUTIONS:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    versions = installed_versions()
     built, error = _horovod_built()
     if as_json:
         click.echo(json.dumps({"versions": versions, "horovod_built": built, "error": error}))

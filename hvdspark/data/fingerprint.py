@@ -9,9 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import posixpath
 import re
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
+
+from hvdspark.plan import Manifest
+from hvdspark.store import Store
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -38,6 +43,9 @@ _CHANGING = re.compile(r"^Current(Date|Time)|^Now$|^LocalTimestamp|Subquery|^Exi
 # RDDs that hold what the driver gave them, or compute on another one.
 _LASTING_RDDS = frozenset({"ParallelCollectionRDD", "MapPartitionsRDD", "PythonRDD", "UnionRDD", "CoalescedRDD"})
 
+# What file systems tell of a file that was written anew; each calls its time otherwise.
+_FILE_STATES = ("size", "mtime", "last_modified", "LastModified", "updated", "ETag", "etag", "modificationTime")
+
 _FILE_STATUS = re.compile(r"path=(.*?); isDirectory=.*?; length=(\d+);.*? modification_time=(\d+);")
 
 
@@ -61,6 +69,33 @@ def fingerprint(df: DataFrame) -> str | None:
         logger.debug("no fingerprint of the DataFrame", exc_info=True)
         return None
     return None if found is None else hashlib.sha256(found.encode()).hexdigest()
+
+
+def files_fingerprint(store: Store, manifest: Manifest) -> str:
+    """Describe the rows in a dataset's files by the files' names, row groups, sizes and times.
+
+    Parameters
+    ----------
+    store
+        Where the files are.
+    manifest
+        What is in them.
+
+    Returns
+    -------
+    str
+        64 hexadecimal digits.
+    """
+    splits = {name: [asdict(group) for group in groups] for name, groups in manifest.splits.items()}
+    paths = sorted({group["path"] for groups in splits.values() for group in groups})
+    # One listing for each folder: a request for each file would take long where they are far away.
+    states: dict[str, list[str]] = {}
+    for folder in sorted({posixpath.dirname(path) for path in paths}):
+        for entry in store.filesystem.ls(store.path(*filter(None, (folder,))), detail=True):
+            name = posixpath.basename(entry["name"])
+            states[posixpath.join(folder, name)] = [str(entry.get(key)) for key in _FILE_STATES]
+    known = [[path, states.get(path)] for path in paths]
+    return hashlib.sha256(json.dumps([splits, known], sort_keys=True).encode()).hexdigest()
 
 
 def _describe(df: DataFrame) -> str | None:

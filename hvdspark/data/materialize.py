@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hvdspark.data.fingerprint import fingerprint
 from hvdspark.data.partitions import TRAIN, VAL, Layout, PartitionReport, PartitionWriter, Split
 from hvdspark.errors import CorruptDatasetError, EmptyDatasetError, NullValueError, RaggedArrayError, StoreError
 from hvdspark.plan import ColumnSpec, Manifest, RowGroup
@@ -39,15 +38,16 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 
 
-def dataset_key(df: DataFrame, columns: Sequence[ColumnSpec], split: Split) -> str | None:
-    """Return the digest of all that a dataset's content depends on, or ``None`` where that cannot be told.
+def dataset_key(source: str, columns: Sequence[ColumnSpec], split: Split) -> str:
+    """Return the digest of all that a dataset's content depends on.
 
-    It covers the query, the state of the files that it reads, the columns with their types, the split with its seed,
-    and the version of the format.
+    Parameters
+    ----------
+    source
+        The DataFrame's :func:`~hvdspark.data.fingerprint.fingerprint`: the query, and the state of what it reads.
+    columns, split
+        What is stored of it. The version of the format counts as well.
     """
-    source = fingerprint(df)
-    if source is None:
-        return None
     parts = [Manifest.VERSION, source, [dataclasses.asdict(column) for column in columns], dataclasses.asdict(split)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 

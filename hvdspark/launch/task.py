@@ -29,7 +29,8 @@ from hvdspark.launch.guard import STACKS
 from hvdspark.launch.meeting import Agreement, Offer, agree, exchange
 from hvdspark.launch.options import LaunchOptions
 from hvdspark.launch.watch import report
-from hvdspark.plan import RankContext
+from hvdspark.plan import FitPlan, RankContext
+from hvdspark.recording import publish_launch
 from hvdspark.store import Store
 
 if TYPE_CHECKING:
@@ -116,9 +117,11 @@ class Stage:
                 network = self._network(agreed, interface, context)
                 given = [offer.gpus for offer in offers]
                 own_gpus = gpus.gpu_environment(ranks, given, own, options.env, self.gpus_per_task)
-                plan = b"" if rows is None else _planned(rows, agreed.peers, offers)
+                plan = None if rows is None else _planned(rows, agreed.peers, offers)
             except (RendezvousError, DataError, SchemaError, OSError) as exc:
                 return ranks, Outcome(failure=Failure.before(exc, context))
+            if context.rank == 0:
+                _note_launch(options, ranks, plan)
             scratch = stack.enter_context(_scratch(options))
             environment = {
                 **network,
@@ -132,7 +135,8 @@ class Stage:
             with _log_file(options, context) as log:
                 patience = Patience(options.start_timeout_s, options.stall_timeout_s or None)
                 payload = self.broadcast.value
-                return ranks, child.run(payload, context, environment, log, patience, plan, alarm)
+                own_arguments = b"" if plan is None else cloudpickle.dumps((plan,))
+                return ranks, child.run(payload, context, environment, log, patience, own_arguments, alarm)
 
     def _mpi_hindrance(self, context: RankContext) -> str | None:
         """Say why MPI cannot be here; raises :class:`RendezvousError` where it must be."""
@@ -178,11 +182,24 @@ class Stage:
         return _FED_TIMEOUT_S if self.feed is not None else max(self.options.start_timeout_s, _MEET_TIMEOUT_S)
 
 
-def _planned(rows: TakenRows, peers: Sequence[topology.Peer], offers: Sequence[Offer]) -> bytes:
-    """Plan the fit on the rows of all tasks; returns the plan as the rank's own argument."""
+def _planned(rows: TakenRows, peers: Sequence[topology.Peer], offers: Sequence[Offer]) -> FitPlan:
+    """Plan the fit on the rows of all tasks."""
     ranks = topology.assign_ranks(peers)
     order = sorted(range(len(offers)), key=lambda partition: ranks[partition].rank)
-    return bytes(cloudpickle.dumps((rows.plan([offers[partition].rows or "" for partition in order]),)))
+    return rows.plan([offers[partition].rows or "" for partition in order])
+
+
+def _note_launch(options: LaunchOptions, ranks: Mapping[int, RankContext], plan: FitPlan | None) -> None:
+    """Leave a note of where the ranks are; a Store that fails here must not stop the training."""
+    if options.store is None or options.logs is None:
+        return
+    rows = {}
+    if plan is not None:
+        rows = {"rows": plan.train.rows, "val_rows": 0 if plan.val is None else plan.val.rows}
+    try:
+        publish_launch(Store.from_ref(options.store), options.logs, list(ranks.values()), rows)
+    except (HvdSparkError, OSError) as exc:
+        logger.warning("no note of where the ranks are: %s", exc)
 
 
 def peers_of(barrier: BarrierTaskContext) -> list[topology.Peer]:

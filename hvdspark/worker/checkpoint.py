@@ -7,17 +7,15 @@ import math
 import posixpath
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from hvdspark.errors import ParamError, StoreError, closest
+from hvdspark.metrics import Mode, improves, rises
 from hvdspark.runs import run_folder
 from hvdspark.store import Store
 
 logger = logging.getLogger(__name__)
 
 MODEL = "model"
-
-_RISING = ("acc", "auc", "precision", "recall", "f1", "fbeta", "r2", "iou", "dice", "top_k", "cosine_similarity")
 
 
 @dataclass(frozen=True)
@@ -34,15 +32,12 @@ class BestOf:
     """
 
     monitor: str = "val_loss"
-    mode: Literal["auto", "min", "max"] = "auto"
+    mode: Mode = "auto"
 
     @property
     def rising(self) -> bool:
         """Whether more is better."""
-        if self.mode != "auto":
-            return self.mode == "max"
-        falls = self.monitor.endswith(("loss", "error"))
-        return not falls and any(part in self.monitor for part in _RISING)
+        return rises(self.monitor, self.mode)
 
 
 class Checkpoints:
@@ -153,9 +148,8 @@ class Checkpoints:
                 param="checkpoint_callback",
             )
         value = float(logs[monitor])
-        better = value > self._best_value if self._best_of.rising else value < self._best_value
         # The first value is always kept, and any number is better than NaN.
-        if math.isnan(self._best_value) or better:
+        if improves(value, self._best_value, rising=self._best_of.rising):
             self._best_value = value
             return True
         return False

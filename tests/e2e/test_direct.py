@@ -12,7 +12,7 @@ from hvdspark.estimators import KerasEstimator, KerasModel
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from hvdspark import Store
+from hvdspark import Store, show_run
 from hvdspark.errors import NullValueError
 
 ROWS = 400
@@ -64,12 +64,17 @@ def test_it_trains_and_validates_on_the_same_rows_as_a_dataset(
     df = rows(spark)
     written = estimator(store).fit(df)
     kept = store.list("datasets")
-    direct = estimator(store, data="direct").fit(df)
+    direct = estimator(store, data="direct", run_id="direct").fit(df)
     for ours, theirs in zip(weights_of(direct), weights_of(written), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
     for name in ("loss", "val_loss"):
         np.testing.assert_allclose(direct.getHistory()[name], written.getHistory()[name], rtol=1e-4)
     assert store.list("datasets") == kept
+    of_written, of_direct = (show_run(store, str(model.getRunId())).record for model in (written, direct))
+    for name in ("rows", "val_rows", "fingerprint"):
+        assert of_direct.data[name] == of_written.data[name], name
+    assert of_direct.data["rows"] + of_direct.data["val_rows"] == ROWS - 100
+    assert len(of_direct.hosts) == 2
     assert direct.getHistory()["val_loss"][-1] < 0.5 * direct.getHistory()["val_loss"][0]
 
 

@@ -18,7 +18,7 @@ from pyspark.ml.tuning import CrossValidator, ParamGridBuilder, TrainValidationS
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from hvdspark import Store
+from hvdspark import Store, show_run
 from hvdspark.errors import (
     NotEnoughSlotsError,
     NullValueError,
@@ -108,7 +108,7 @@ def test_a_pipeline_learns_and_its_saved_copy_predicts_the_same(
     assert model.rows_per_s > 0
     assert 0 < model.data_wait_share < 1
     assert sorted(store.list("runs", "learns")) == ["checkpoints", "logs", "model.keras", "run.json"]
-    assert store.list("runs", "learns", "logs") == ["rank-0.log", "rank-1.log"]
+    assert store.list("runs", "learns", "logs") == ["launch.json", "rank-0.log", "rank-1.log"]
     log = store.read_bytes("runs", "learns", "logs", "rank-0.log").decode()
     assert "epoch 5/5" in log
     assert log.count("decoded rows are kept in memory") == 2  # those to train on, and those to validate on
@@ -456,6 +456,12 @@ def test_files_of_spark_train_the_same_model_where_they_lie(spark: SparkSession,
         for ours, theirs in zip(weights_of(model), weights_of(written), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
     assert len(store.list("datasets")) == 1
+    known = {
+        model.getRunId(): show_run(store, str(model.getRunId())).record.data for model in (written, in_place, again)
+    }
+    assert {data["rows"] for data in known.values()} == {500}
+    assert len({data["fingerprint"] for data in known.values()}) == 3
+    assert (known[in_place.getRunId()]["source"], known[in_place.getRunId()].get("dataset")) == (source, None)
 
 
 def bad_input(store: Store) -> list[tuple[dict[str, Any], type[Exception], str]]:

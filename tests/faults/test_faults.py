@@ -71,7 +71,7 @@ def test_restarts_end_somewhere(df: DataFrame, store: Store) -> None:
 
     with pytest.raises(WorkerFailedError, match=r"^rank 1 on .*SIGKILL"):
         estimator(store, Always(), max_restarts=1, run_id="always").fit(df)
-    assert store.list("runs/always/logs") == ["attempt-2", "rank-0.log", "rank-1.log"]
+    assert store.list("runs/always/logs") == ["attempt-2", "launch.json", "rank-0.log", "rank-1.log"]
 
 
 def test_a_damaged_checkpoint_is_passed_over(df: DataFrame, store: Store, tmp_path: Path, undisturbed: Trained) -> None:

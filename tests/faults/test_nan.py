@@ -135,7 +135,7 @@ def test_a_fit_that_fails_names_rank_epoch_and_step_and_is_not_tried_again(
     where = f"epoch 1, step {BAD_STEP + 1} of {STEPS}"
     with pytest.raises(WorkerFailedError, match=rf"^rank 1 on .*NonFiniteLossError: {where}: the gradient of rank 1"):
         estimator(store, run_id="sick", **keywords).fit(sick)
-    assert store.list("runs/sick/logs") == ["rank-0.log", "rank-1.log"]
+    assert store.list("runs/sick/logs") == ["launch.json", "rank-0.log", "rank-1.log"]
     # Nothing with NaN was kept: what skips the step goes on from what there is, to the end.
     model = estimator(store, run_id="sick", on_nan="skip", **keywords).fit(sick)
     assert all(np.isfinite(weight).all() for weight in model.getModel().get_weights())

@@ -12,7 +12,15 @@ from hvdspark.estimators import BestOf, KerasEstimator, sources
 from pyspark.sql import DataFrame, SparkSession
 
 from hvdspark import Store
-from hvdspark.errors import ConfigError, NotEnoughSlotsError, ParamError, SchemaError, StoreError
+from hvdspark.errors import (
+    ConfigError,
+    NotEnoughSlotsError,
+    ParamError,
+    RunInProgressError,
+    SchemaError,
+    StoreError,
+)
+from hvdspark.runs import REMOVED, in_progress, read_record
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +150,32 @@ def test_a_run_that_exists_is_not_written_over(estimator: Any, rows: DataFrame, 
     with pytest.raises(ParamError, match=r"run_id='monday' exists already"):
         estimator.setRunId("monday").fit(rows)
     assert store.read_bytes("runs", "monday", "model.keras") == b"the old model"
+
+
+def test_a_run_that_another_is_at_is_refused_before_any_job(
+    estimator: Any, rows: DataFrame, store: Store, jobs_of: Callable[[], int]
+) -> None:
+    with in_progress(store, "monday"), pytest.raises(RunInProgressError, match="run_id='monday' is being trained"):
+        estimator.setRunId("monday").fit(rows)
+    assert jobs_of() == 0
+
+
+def test_what_is_left_of_a_run_that_was_being_removed_is_not_gone_on_with(
+    estimator: Any, rows: DataFrame, store: Store
+) -> None:
+    store.publish_bytes(REMOVED, "runs", "monday", "run.json")
+    store.publish_bytes(b"the old model", "runs", "monday", "model.keras")
+    with pytest.raises(AssertionError, match="rows were to be written"):
+        estimator.setRunId("monday").setBackendEnv({"TOKEN": "secret"}).fit(rows)
+    assert store.list("runs", "monday") == ["run.json"]
+    record = read_record(store, "monday")
+    assert record is not None
+    assert (record.state, record.attempts) == ("failed", ())
+    assert str(record.cause).startswith("AssertionError: ")
+    assert record.params["backend_env"] == ["TOKEN"]
+    assert record.params["model"]["class"] == "Sequential"
+    assert [column["name"] for column in record.data["columns"]] == ["a", "b", "y"]
+    assert set(record.phases) == {"check", "write"}
 
 
 def test_a_fit_that_is_refused_leaves_nothing_in_the_store(estimator: Any, rows: DataFrame, store: Store) -> None:

@@ -16,6 +16,7 @@ FIELDS = {
     errors.ImageError: {"column": "a", "expected": "28x28x1", "found": "28x28x3"},
     errors.ValueRangeError: {"column": "a", "dtype": "float32"},
     errors.StoreError: {"url": "/x"},
+    errors.RunInProgressError: {"run_id": "run-1"},
     errors.AliasError: {"alias": "champion"},
     errors.AliasConflictError: {"expected": "run-1", "found": "run-2"},
     errors.NotEnoughSlotsError: {"needed": 4, "available": 2},

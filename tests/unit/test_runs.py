@@ -10,7 +10,8 @@ import pytest
 
 from hvdspark import Store
 from hvdspark.errors import StageLostError, WorkerFailedError
-from hvdspark.runs import in_progress, log_folder, next_attempt, read_record, recorded
+from hvdspark.recording import recorded
+from hvdspark.runs import in_progress, log_folder, next_attempt, read_record
 
 
 @pytest.fixture
@@ -64,7 +65,8 @@ def test_the_logs_of_earlier_attempts_are_kept(store: Store) -> None:
 
 def test_a_driver_that_is_gone_without_a_word_was_interrupted(store: Store) -> None:
     driver = (
-        "import os, sys; from hvdspark import Store; from hvdspark.runs import in_progress, recorded\n"
+        "import os, sys; from hvdspark import Store\n"
+        "from hvdspark.recording import recorded; from hvdspark.runs import in_progress\n"
         "store = Store.create(sys.argv[1])\n"
         "with in_progress(store, 'a'), recorded(store, 'a'):\n"
         "    os._exit(9)\n"

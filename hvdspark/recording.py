@@ -1,0 +1,163 @@
+"""Keeps the record of a run: what its driver knows of it, from when it begins until it ends, however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from hvdspark.errors import HvdSparkError, StageLostError, StoreError
+from hvdspark.plan import RankContext
+from hvdspark.runs import (
+    GONE,
+    LAUNCH,
+    Attempt,
+    RankPlace,
+    RunRecord,
+    State,
+    closed,
+    record_place,
+    run_folder,
+    stored_record,
+    with_traces,
+)
+from hvdspark.store import Store
+
+logger = logging.getLogger(__name__)
+
+
+class Recording:
+    """The record of a run that is under way.
+
+    Parameters
+    ----------
+    store
+        Where it is published; what cannot be written is only logged.
+    record
+        How it begins.
+    """
+
+    def __init__(self, store: Store, record: RunRecord) -> None:
+        self._store = store
+        self._record = record
+
+    @property
+    def record(self) -> RunRecord:
+        """What is known by now."""
+        return self._record
+
+    def note(self, **fields: Any) -> None:
+        """Set fields of the record; they are published with the next event."""
+        self._record = replace(self._record, **fields)
+
+    def publish(self) -> None:
+        """Let others see what is known by now."""
+        _write(self._store, self._record)
+
+    @contextlib.contextmanager
+    def attempt(self, ranks: int) -> Iterator[None]:
+        """Record that so many ranks are launched in the block, and what becomes of them."""
+        self.note(attempts=(*self._record.attempts, Attempt(time.time(), ranks=ranks)))
+        self.publish()
+        cause = None
+        try:
+            yield
+        except BaseException as exc:
+            cause = first_line(exc)
+            raise
+        finally:
+            self._record = closed(self._record, time.time(), cause)
+            with contextlib.suppress(StoreError):
+                self._record = with_traces(self._store, replace(self._record, hosts=()))
+            self.publish()
+
+    def end(self, state: State, cause: BaseException | None = None) -> None:
+        """Record what has become of the run."""
+        now = time.time()
+        text = None if cause is None else first_line(cause)
+        self._record = replace(closed(self._record, now, text), state=state, ended=now, cause=text)
+        self.publish()
+
+
+@contextlib.contextmanager
+def recorded(store: Store, run_id: str, **fields: Any) -> Iterator[Recording]:
+    """Keep a record of what becomes of a run in the block; errors of the block go through.
+
+    Parameters
+    ----------
+    store, run_id
+        Which one; the block must hold it, see :func:`in_progress`.
+    fields
+        What is known of it already. The attempts of an earlier driver are kept.
+    """
+    earlier = _earlier(store, run_id)
+    recording = Recording(store, RunRecord(run_id, "running", time.time(), **{**earlier, **fields}))
+    recording.publish()
+    # A Store that goes meanwhile is not made anew for a note.
+    recording._store = store.within(run_folder(run_id))
+    try:
+        yield recording
+    except BaseException as exc:
+        recording.end("interrupted" if _is_interruption(exc) else "failed", exc)
+        raise
+    recording.end("finished")
+
+
+def publish_launch(store: Store, folder: str, ranks: Sequence[RankContext], rows: Mapping[str, int]) -> None:
+    """Leave beside the logs what only the tasks of the stage know, once they have met.
+
+    Parameters
+    ----------
+    store, folder
+        Where the logs are.
+    ranks
+        The places of all ranks.
+    rows
+        ``rows`` and ``val_rows``, where the tasks have counted them.
+
+    Raises
+    ------
+    StoreError
+        When it cannot be written.
+    """
+    places = sorted(ranks, key=lambda context: context.rank)
+    hosts = [asdict(RankPlace(context.rank, context.host, context.local_rank)) for context in places]
+    store.publish_bytes(json.dumps({"hosts": hosts, **rows}).encode(), folder, LAUNCH)
+
+
+def first_line(exc: BaseException) -> str:
+    """Return the first line of an error, with its class where it is not one of this library's."""
+    text = str(exc).strip().partition("\n")[0]
+    return text if isinstance(exc, HvdSparkError) else f"{type(exc).__name__}: {text}".rstrip(": ")
+
+
+def _is_interruption(exc: BaseException) -> bool:
+    # Spark's own way of Ctrl-C is to cancel all jobs.
+    is_cancelled = isinstance(exc, StageLostError) and not exc.is_passing
+    return is_cancelled or not isinstance(exc, Exception)
+
+
+def _earlier(store: Store, run_id: str) -> dict[str, Any]:
+    """Return what a run that goes on keeps of its record: the attempts, and where else it is logged."""
+    try:
+        record = stored_record(store, run_id)
+    except StoreError:
+        return {}  # that the Store cannot be read shows where it matters
+    if record is None or record.state == "damaged":
+        return {}
+    attempts = closed(record, record.ended).attempts
+    if not attempts:  # it had not come to that
+        attempts = (Attempt(record.started, record.ended, record.cause or GONE),)
+    return {"attempts": attempts, "mlflow_run_id": record.mlflow_run_id}
+
+
+def _write(store: Store, record: RunRecord) -> None:
+    try:
+        store.publish_bytes(json.dumps(record.to_json()).encode(), record_place(record.run_id))
+    except (OSError, StoreError) as exc:
+        # What is trained is worth more than the note of it.
+        logger.warning("cannot record that %s is %s: %s", record.run_id, record.state, exc)
