@@ -208,6 +208,10 @@ class HorovodModel(Model, ModelParams, abc.ABC):
     def _payload(self) -> bytes:
         """Return what the loader makes the scorer of."""
 
+    @abc.abstractmethod
+    def _log_to_mlflow(self) -> None:
+        """Log the model to the run of MLflow's that is active."""
+
     def getHistory(self) -> dict[str, list[float]]:
         """Return the training history: per metric the value of each epoch, over the rows of all ranks."""
         return {name: list(values) for name, values in self._history.items()}

@@ -22,6 +22,7 @@ from hvdspark.estimators.facts import data_facts, kept_metrics, params_of
 from hvdspark.estimators.outputs import planned_outputs
 from hvdspark.estimators.sources import RowSource, Work, WorkFor
 from hvdspark.estimators.starting import find_start
+from hvdspark.estimators.tracking import Tracking, require_mlflow, tracked
 from pyspark.sql.types import StructType
 
 from hvdspark.data.feed import FedStage
@@ -80,7 +81,7 @@ class Fit:
             stack.enter_context(in_progress(store, self._run_id))
             # Another fit may have trained it since it was looked at.
             self._check_unfinished(store)
-            self._begin(store, draft, stack)
+            tracking = self._begin(store, draft, stack)
             with self._timed("write"):
                 meanwhile = partial(warm_up, session, draft.size, options)
                 work_for = stack.enter_context(self._source.provided(draft, meanwhile))
@@ -96,6 +97,7 @@ class Fit:
                 model = estimator._make_model(store.read_bytes(result.model_path), result)
                 metrics, epoch = kept_metrics(result.history, estimator._best_of())
                 self._recording.note(artefacts={"model": result.model_path}, metrics=metrics, epoch=epoch)
+                tracking.finish(result, model)
             self._account(result)
         model._resetUid(estimator.uid)
         estimator._copyValues(model)
@@ -105,8 +107,8 @@ class Fit:
         self._say(f"{result.rows_per_s:,.0f} rows per second; steps waited {result.data_wait_share:.1%} for rows")
         return model
 
-    def _begin(self, store: Store, draft: FitDraft, stack: ExitStack) -> None:
-        """Begin the run's record."""
+    def _begin(self, store: Store, draft: FitDraft, stack: ExitStack) -> Tracking:
+        """Begin the run's record, and its run in MLflow where that is wanted."""
         if is_removed(store, self._run_id):
             discard(store, self._run_id)
         estimator = self._estimator
@@ -119,6 +121,7 @@ class Fit:
             "phases": self._phases,
         }
         self._recording = stack.enter_context(recorded(store, self._run_id, **facts))
+        return stack.enter_context(tracked(self._recording, store, is_wanted=bool(estimator._value("mlflow"))))
 
     def _launch(self, store: Store, wanted: int, work: Work, work_for: WorkFor, options: LaunchOptions) -> list[bytes]:
         """Run the ranks, and again from their last checkpoint when some were killed or lost."""
@@ -165,6 +168,8 @@ class Fit:
         """Find every error that can be found without a Spark job; returns what the fit goes by."""
         estimator = self._estimator
         estimator._check()
+        if estimator._value("mlflow"):
+            require_mlflow()
         store = estimator._required("store")
         if not isinstance(store, Store):
             raise ParamError(

@@ -305,4 +305,5 @@ class EstimatorParams(ModelParams):
         "whether to use RDMA devices: 'auto' where there are any, True to insist on them, False never",
         boolean_or("rdma", "auto"),
     )
+    mlflow = param("mlflow", "log parameters, metrics and the model to MLflow", boolean("mlflow"))
     backend_env = param("backend_env", "environment variables of the training processes", text_dict("backend_env"))

@@ -126,6 +126,9 @@ class KerasEstimator(HorovodEstimator, Persistable):
         error that names epoch, step and rank; ``"stop"`` with the model before that step; or ``"skip"`` such steps.
     run_id
         Name of the run's folder in the Store. One that was interrupted goes on from its last checkpoint.
+    mlflow
+        Whether parameters, metrics per epoch and the model are logged to MLflow, from the driver: to the tracking
+        server and experiment that are set there, in the run that is active or a new one. Needs the extra ``mlflow``.
     others
         Every other keyword of ``horovod.spark.keras.KerasEstimator`` is taken with a warning where it has nothing to
         tune here, or refused with what to do instead.
@@ -197,6 +200,7 @@ class KerasEstimator(HorovodEstimator, Persistable):
         random_seed: int | None = None,
         verbose: int | None = None,
         run_id: str | None = None,
+        mlflow: bool | None = None,
         max_restarts: int | None = None,
         min_proc: int | None = None,
         warm_start: str | None = None,
@@ -232,6 +236,7 @@ class KerasEstimator(HorovodEstimator, Persistable):
             shuffle=True,
             random_seed=0,
             verbose=1,
+            mlflow=False,
             gradient_compression="none",
             allreduce="auto",
             backward_passes_per_step=1,

@@ -52,6 +52,11 @@ class KerasModel(HorovodModel, Persistable):
         """
         return codec.model_from_bytes(self._data, self._custom_objects, safe_mode=self._safe_mode, origin=self._origin)
 
+    def _log_to_mlflow(self) -> None:
+        from hvdspark.estimators.keras.mlflow_model import log_model
+
+        log_model(self)
+
     def _payload(self) -> bytes:
         objects = {**_registered_objects(), **self._custom_objects}
         payload: bytes = cloudpickle.dumps((self._data, objects, self._safe_mode, self._origin))

@@ -1,13 +1,15 @@
-"""What a real fit leaves in the registry: one that fails half-way, and goes on under the same name."""
+"""What a real fit leaves in the registry, and in MLflow: one that fails half-way, and goes on under the same name."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import keras
+import mlflow
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -48,12 +50,23 @@ def df(spark: SparkSession) -> DataFrame:
     return spark.createDataFrame(rows, "a double, b double, y double")
 
 
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A tracking store of MLflow's, as a user sets it up."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    yield mlflow.create_experiment("retraining", artifact_location=f"file://{folder}/artifacts")
+    mlflow.set_tracking_uri(before)
+
+
 Fitted = tuple[RunRecord, RunRecord, KerasModel]
 
 
 @pytest.fixture(scope="module")
-def fitted(df: DataFrame, store: Store, tmp_path_factory: pytest.TempPathFactory) -> Fitted:
+def fitted(df: DataFrame, store: Store, experiment: str, tmp_path_factory: pytest.TempPathFactory) -> Fitted:
     """A fit that failed in its third epoch, the same gone on with, and the model."""
+    mlflow.set_experiment(experiment_id=experiment)
     mark = tmp_path_factory.mktemp("mark") / "mark"
     keras.utils.set_random_seed(1)
     estimator = KerasEstimator(
@@ -72,12 +85,14 @@ def fitted(df: DataFrame, store: Store, tmp_path_factory: pytest.TempPathFactory
         callbacks=[FailsIn(2, mark)],
         backend_env={"TOKEN": SECRET},
         run_id="nightly",
+        mlflow=True,
         verbose=0,
     )
     with pytest.raises(WorkerFailedError, match="the user's own mistake"):
         estimator.fit(df)
     failed = read_record(store, "nightly")
     assert failed is not None
+    assert mlflow.get_run(str(failed.mlflow_run_id)).info.status == "FAILED"
     mark.touch()
     model = estimator.fit(df)
     finished = read_record(store, "nightly")
@@ -139,3 +154,25 @@ def test_the_run_is_shown_and_compared(fitted: Fitted, df: DataFrame, store: Sto
     store.publish_bytes(json.dumps({**record.to_json(), "versions": {"keras": "3.0"}}).encode(), "runs/other/run.json")
     assert set(compare_runs(store, ["nightly", "other"]).versions["keras"].values()) == {keras.__version__, "3.0"}
     store.delete("runs", "other")
+
+
+def test_mlflow_has_parameters_metrics_of_every_epoch_and_a_model_that_it_loads(
+    fitted: Fitted, experiment: str, store: Store
+) -> None:
+    failed, record, model = fitted
+    assert record.mlflow_run_id == failed.mlflow_run_id
+    client = mlflow.MlflowClient()
+    [run] = client.search_runs([experiment])
+    assert run.info.run_id == record.mlflow_run_id
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "nightly")
+    assert run.data.params["epochs"] == str(EPOCHS)
+    assert run.data.params["optimizer.class"] == "Adam"
+    assert SECRET not in str(run.data)
+    assert run.data.tags["hvdspark.run_id"] == "nightly"
+    for name, values in model.getHistory().items():
+        found = {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, name)}
+        assert [found[epoch + 1] for epoch in range(EPOCHS)] == pytest.approx(values)
+    loaded = mlflow.keras.load_model(f"runs:/{run.info.run_id}/model")
+    for mine, other in zip(model.getModel().get_weights(), loaded.get_weights(), strict=True):
+        np.testing.assert_array_equal(mine, other)
+    assert mlflow.active_run() is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,15 @@ def test_what_is_left_of_a_run_that_was_being_removed_is_not_gone_on_with(
     assert record.params["model"]["class"] == "Sequential"
     assert [column["name"] for column in record.data["columns"]] == ["a", "b", "y"]
     assert set(record.phases) == {"check", "write"}
+
+
+def test_mlflow_that_is_not_installed_is_found_out_at_once(
+    estimator: Any, rows: DataFrame, jobs_of: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(ParamError, match=r"hvdspark\[mlflow\]"):
+        estimator.setMlflow(True).fit(rows)
+    assert jobs_of() == 0
 
 
 def test_a_fit_that_is_refused_leaves_nothing_in_the_store(estimator: Any, rows: DataFrame, store: Store) -> None:

@@ -41,6 +41,7 @@ LAYERS = {
     "hvdspark.estimators.starting": 6,
     "hvdspark.estimators.facts": 6,
     "hvdspark.estimators.fitting": 6,
+    "hvdspark.estimators.tracking": 6,
     "hvdspark.estimators.base": 6,
     "hvdspark.estimators.persistence": 6,
     "hvdspark.estimators.keras": 7,

@@ -54,6 +54,7 @@ GOOD: dict[str, tuple[Any, Any]] = {
     "cache": ("disk", "disk"),
     "inmemory_cache_all": (True, True),
     "use_gpu": (False, False),
+    "mlflow": (True, True),
     "warm_pool": (False, False),
     "allow_insecure_transport": (True, True),
     "controller": ("mpi", "mpi"),
