@@ -254,8 +254,7 @@ def entry_of_run(store: Store, run_id: str, model: str | None = None) -> AliasEn
                 param="model",
             )
         model = f"{folder}/{published[0]}"
-    metrics = (store.read_json(folder, "run.json") or {}).get("metrics") or {}
-    return AliasEntry(run_id, model, {name: value for name, value in metrics.items() if isinstance(value, int | float)})
+    return AliasEntry(run_id, model, dict(record.metrics))
 
 
 def path_in_store(store: Store, model: str) -> str | None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import click
 
 from hvdspark.aliases import AliasEntry, entry_of_run, list_aliases, promote, read_alias, rollback, to_json
+from hvdspark.cli.tables import table, when
 from hvdspark.errors import AliasError, HvdSparkError, closest
 from hvdspark.store import Store
 
@@ -53,8 +53,8 @@ def list_(url: str, as_json: bool) -> None:
     if not found:
         click.echo(f"no aliases in {store.url}; promote a run: hvdspark models promote champion RUN", err=True)
         return
-    rows = [[name, entry.run_id, _when(entry.promoted), _metrics(entry.metrics)] for name, entry in found.items()]
-    click.echo(_table(["alias", "run", "promoted", "metrics"], rows))
+    rows = [[name, entry.run_id, when(entry.promoted), _metrics(entry.metrics)] for name, entry in found.items()]
+    click.echo(table(["alias", "run", "promoted", "metrics"], rows))
 
 
 @models.command()
@@ -101,20 +101,10 @@ def _print(alias: str, entry: AliasEntry, *, as_json: bool) -> None:
     ways = [("in use", entry), *(("before", item) for item in entry.previous)]
     ways += [("rolled back", item) for item in entry.withdrawn]
     rows = [
-        [way, item.run_id, _when(item.promoted), _when(item.rolled_back), _metrics(item.metrics), item.model]
+        [way, item.run_id, when(item.promoted), when(item.rolled_back), _metrics(item.metrics), item.model]
         for way, item in ways
     ]
-    click.echo(_table([alias, "run", "promoted", "rolled back", "metrics", "model"], rows))
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, *rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-
-
-def _when(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{datetime.fromtimestamp(seconds).astimezone():%Y-%m-%d %H:%M:%S}"
+    click.echo(table([alias, "run", "promoted", "rolled back", "metrics", "model"], rows))
 
 
 def _metrics(metrics: Mapping[str, float]) -> str:

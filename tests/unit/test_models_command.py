@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from hvdspark import Store, cli
-from hvdspark.runs import recorded
+from hvdspark.recording import recorded
 
 
 @pytest.fixture
