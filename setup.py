@@ -84,7 +84,7 @@ setup(
     license="Apache-2.0",
     packages=packages,
     package_dir=package_dir,
-    package_data={"hvdspark": ["py.typed"]},
+    package_data={"hvdspark": ["py.typed", "troubleshooting.md"]},
     python_requires=">=3.11",
     install_requires=install_requires,
     extras_require=extras_require,

@@ -19,6 +19,7 @@
     │   └── AliasConflictError        it refers to another run than the one expected
     ├── LaunchError                   the ranks did not come up
     │   ├── NotEnoughSlotsError
+    │   ├── StageLostError            Spark lost the stage that ran them
     │   ├── RendezvousError
     │   └── LaunchTimeoutError
     ├── WorkerFailedError             a rank failed while it ran
@@ -28,7 +29,8 @@
     └── ModelFormatError              a model or estimator cannot be saved or loaded
 
 Each message says what happened, the value that was found, and what to do about it. Fields are keyword
-arguments and survive pickling, because errors travel from Spark's tasks to the driver.
+arguments and survive pickling, because errors travel from Spark's tasks to the driver. Below the message a traceback
+shows, as a note (PEP 678), where to read on: the class's entry in ``hvdspark/troubleshooting.md``.
 """
 
 from __future__ import annotations
@@ -37,12 +39,16 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+# Causes and remedies, with a heading for each class; the file comes with the package.
+TROUBLESHOOTING = "hvdspark/troubleshooting.md"
+
 
 class HvdSparkError(Exception):
     """Base of all errors of this library; catch it to catch them all."""
 
     def __init__(self, message: str, **fields: Any) -> None:
         super().__init__(message)
+        self.add_note(f"See {self.help}.")
         self._fields = fields
         for name, value in fields.items():
             setattr(self, name, value)
@@ -54,6 +60,13 @@ class HvdSparkError(Exception):
     def fields(self) -> dict[str, Any]:
         """The fields, by name."""
         return dict(self._fields)
+
+    @property
+    def help(self) -> str:
+        """Where to read on: the entry of its class among the troubles, and the command that shows it."""
+        # A class of the user's own has that of the one it derives from.
+        name = next(cls.__name__ for cls in type(self).__mro__ if cls.__module__ == __name__)
+        return f"{TROUBLESHOOTING}#{name.lower()}, or: hvdspark explain {name}"
 
     def to_plain(self) -> list[Any]:
         """Describe the error by JSON values: its class, message and fields."""

@@ -8,6 +8,7 @@ import click
 
 # A command and its address.
 _COMMANDS = {
+    "explain": "hvdspark.cli.explain:explain",
     "info": "hvdspark.cli.info:info",
     "models": "hvdspark.cli.models:models",
     "runs": "hvdspark.cli.runs:runs",

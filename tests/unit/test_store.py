@@ -219,5 +219,5 @@ def test_an_error_of_any_kind_of_file_system_is_a_store_error(monkeypatch: pytes
         lambda: store.delete("a"),
     ]
     for use in uses:
-        with pytest.raises(StoreError, match=r"^cannot (write|list|read|delete) .*/store/a: RuntimeError$"):
+        with pytest.raises(StoreError, match=r"(?m)^cannot (write|list|read|delete) .*/store/a: RuntimeError$"):
             use()
