@@ -8,6 +8,7 @@ import click
 
 # A command and its address.
 _COMMANDS = {
+    "doctor": "hvdspark.cli.doctor:doctor",
     "explain": "hvdspark.cli.explain:explain",
     "info": "hvdspark.cli.info:info",
     "models": "hvdspark.cli.models:models",

@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import click
 
+from hvdspark.doctor.probe import load_horovod
 from hvdspark.versions import installed_versions
-
-# In a process of its own, because importing TensorFlow takes seconds and prints.
-_BUILT = """
-import json, os
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-import horovod.tensorflow as hvd
-print(json.dumps({
-    "gloo": bool(hvd.gloo_built()), "mpi": bool(hvd.mpi_built()),
-    "nccl": bool(hvd.nccl_built()), "cuda": bool(hvd.cuda_built()),
-}))
-"""
 
 
 @click.command()
@@ -30,9 +19,10 @@ def info(as_json: bool) -> None:
     Ends with exit code 1 when Horovod cannot be loaded.
     """
     versions = installed_versions()
-    built, error = _horovod_built()
+    built, library, error = load_horovod()
     if as_json:
-        click.echo(json.dumps({"versions": versions, "horovod_built": built, "error": error}))
+        found = {"versions": versions, "horovod_built": built, "mpi_library": library, "error": error}
+        click.echo(json.dumps(found))
     else:
         width = max(len(name) for name in versions)
         for name, version in versions.items():
@@ -42,14 +32,3 @@ def info(as_json: bool) -> None:
     if error:
         click.echo(f"Horovod cannot be loaded: {error}", err=True)
         sys.exit(1)
-
-
-def _horovod_built() -> tuple[dict[str, bool], str | None]:
-    """Ask Horovod what it was built with; returns that and what went wrong."""
-    process = subprocess.run([sys.executable, "-c", _BUILT], capture_output=True, text=True, check=False)
-    lines = process.stdout.strip().splitlines()
-    if process.returncode == 0 and lines:
-        found: dict[str, bool] = json.loads(lines[-1])
-        return found, None
-    reason = process.stderr.strip().splitlines()
-    return {}, reason[-1] if reason else f"exit code {process.returncode}"

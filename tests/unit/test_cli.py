@@ -14,18 +14,19 @@ from click.testing import CliRunner
 
 from hvdspark import __version__, cli
 from hvdspark.cli import info
+from hvdspark.doctor import probe
 
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answer for Horovod, whose import takes seconds."""
     found = {"gloo": True, "mpi": True, "nccl": False, "cuda": False}
-    monkeypatch.setattr(info, "_horovod_built", lambda: (found, None))
+    monkeypatch.setattr(info, "load_horovod", lambda: (found, "MPICH Version: 5.0.2", None))
 
 
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(info, "_horovod_built", lambda: ({}, "ImportError: undefined symbol"))
+    monkeypatch.setattr(info, "load_horovod", lambda: ({}, None, "ImportError: undefined symbol"))
 
 
 def test_the_version_is_that_of_the_distribution() -> None:
@@ -76,17 +77,17 @@ def test_a_horovod_that_cannot_be_loaded_is_exit_code_1_and_its_reason(arguments
 @pytest.mark.parametrize(
     ("done", "expected"),
     [
-        ((1, "", "Traceback\nImportError: no horovod\n"), ({}, "ImportError: no horovod")),
-        ((-11, "", ""), ({}, "exit code -11")),
-        ((0, 'noise\n{"gloo": true}\n', "warnings"), ({"gloo": True}, None)),
-        ((0, "", ""), ({}, "exit code 0")),
+        ((1, "", "Traceback\nImportError: no horovod\n"), ({}, None, "ImportError: no horovod")),
+        ((-11, "", ""), ({}, None, "exit code -11")),
+        ((0, 'noise\n[{"gloo": true}, "MPICH"]\n', "warnings"), ({"gloo": True}, "MPICH", None)),
+        ((0, "", ""), ({}, None, "exit code 0")),
     ],
 )
 def test_what_the_process_that_loads_horovod_says_is_understood(
     monkeypatch: pytest.MonkeyPatch, done: tuple[int, str, str], expected: Any
 ) -> None:
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: subprocess.CompletedProcess(args, *done))
-    assert info._horovod_built() == expected
+    assert probe.load_horovod() == expected
 
 
 def test_the_module_is_the_command_and_finds_this_horovod() -> None:
@@ -94,4 +95,6 @@ def test_the_module_is_the_command_and_finds_this_horovod() -> None:
         [sys.executable, "-m", "hvdspark", "info", "--json"], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout)["horovod_built"]["gloo"] is True
+    found = json.loads(done.stdout)
+    assert found["horovod_built"]["gloo"] is True
+    assert found["mpi_library"].startswith("MPICH Version: ")

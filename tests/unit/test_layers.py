@@ -31,6 +31,7 @@ LAYERS = {
     "hvdspark.worker": 4,
     "hvdspark.run": 5,
     "hvdspark.predict": 5,
+    "hvdspark.doctor": 6,
     "hvdspark": 5,  # hvdspark/__init__.py shows the public names of the layers up to 5
     "hvdspark.estimators": 6,
     "hvdspark.estimators.converters": 6,
