@@ -24,6 +24,7 @@ from pyspark.sql.types import StructType
 
 from hvdspark.data import schema
 from hvdspark.errors import ModelFormatError, ParamError
+from hvdspark.history import EpochRecord, Table, epoch_table
 from hvdspark.launch.options import LaunchOptions
 from hvdspark.plan import BatchSpec, CacheMode, ColumnSpec, ModelTensor, TrainResult
 from hvdspark.predict import OutputColumn, ScorePlan, score, scored_schema
@@ -182,6 +183,8 @@ class HorovodModel(Model, ModelParams, abc.ABC):
         What the model takes and gives.
     history
         Per metric the value of each epoch.
+    epochs
+        What else is known of each epoch.
     """
 
     _loader: ClassVar[str]
@@ -192,6 +195,7 @@ class HorovodModel(Model, ModelParams, abc.ABC):
         inputs: Sequence[ModelTensor] = (),
         outputs: Sequence[ModelTensor] = (),
         history: Mapping[str, list[float]] | None = None,
+        epochs: Sequence[EpochRecord] = (),
     ) -> None:
         super().__init__()
         self._setDefault(transform_batch_size=4096)
@@ -199,6 +203,7 @@ class HorovodModel(Model, ModelParams, abc.ABC):
         self._inputs = tuple(inputs)
         self._outputs = tuple(outputs)
         self._history = {name: list(values) for name, values in (history or {}).items()}
+        self._epochs = tuple(epochs)
         self._phases: dict[str, float] = {}
         self._rows_per_s = 0.0
         self._data_wait_share = 0.0
@@ -215,6 +220,19 @@ class HorovodModel(Model, ModelParams, abc.ABC):
     def getHistory(self) -> dict[str, list[float]]:
         """Return the training history: per metric the value of each epoch, over the rows of all ranks."""
         return {name: list(values) for name, values in self._history.items()}
+
+    @property
+    def epochs(self) -> tuple[EpochRecord, ...]:
+        """Each epoch's metrics, and where its time went, by rank; saved with the model."""
+        return self._epochs
+
+    def summary(self) -> Table:
+        """Return a table of the epochs: metrics, rows per second, and where the time went.
+
+        For the times that the ranks waited for rows, averaged gradients and computed it has the least and the most of
+        them; the slowest rank is the one for which the others waited. A console or a notebook shows the table as it is.
+        """
+        return epoch_table(self._epochs)
 
     @property
     def phases(self) -> dict[str, float]:

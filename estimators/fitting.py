@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import cloudpickle
 from hvdspark.estimators.facts import data_facts, kept_metrics, params_of
 from hvdspark.estimators.outputs import planned_outputs
+from hvdspark.estimators.progress import shown
 from hvdspark.estimators.sources import RowSource, Work, WorkFor
 from hvdspark.estimators.starting import find_start
 from hvdspark.estimators.tracking import Tracking, require_mlflow, tracked
@@ -89,7 +90,7 @@ class Fit:
             self._recording.note(data=data_facts(self._source.facts, draft, work))
             if self._start is not None:
                 keep_start(store, self._run_id, self._start, estimator._suffix)
-            with self._timed("launch"):
+            with self._timed("launch"), shown(store, self._run_id, draft.epochs, estimator._value("verbose")):
                 answers = self._launch(store, draft.size, work, work_for, options)
             # The answer came through Spark's own channel from a process that this fit started.
             result: TrainResult = cloudpickle.loads(answers[0])

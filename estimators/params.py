@@ -203,7 +203,11 @@ class EstimatorParams(ModelParams):
     label_shapes = param("label_shapes", "shape of each label, where the column's own does not do", to_shapes)
     shuffle = param("shuffle", "shuffle the training rows anew in every epoch", boolean("shuffle"))
     random_seed = param("random_seed", "seed of the split, of the order and of the ranks", to_seed)
-    verbose = param("verbose", "0: silent; 1: log the phases of a fit", integer("verbose"))
+    verbose = param(
+        "verbose",
+        "0: silent; 1: a bar in a terminal or notebook, elsewhere a line per epoch; 2: a line per epoch",
+        integer("verbose"),
+    )
     gradient_compression = param(
         "gradient_compression", "'none', or 'fp16' to send half-precision gradients", to_compression
     )

@@ -445,6 +445,8 @@ class TrainResult:
         waited longest.
     inputs, outputs
         What the trained model takes and gives.
+    epochs
+        The records of the epochs, as :meth:`hvdspark.history.EpochRecord.to_plain` gives them.
     """
 
     history: Mapping[str, list[float]]
@@ -454,3 +456,4 @@ class TrainResult:
     data_wait_share: float
     inputs: tuple[ModelTensor, ...]
     outputs: tuple[ModelTensor, ...]
+    epochs: tuple[Mapping[str, Any], ...] = ()

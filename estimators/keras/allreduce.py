@@ -42,6 +42,13 @@ class Allreduce(Protocol):
     size: int
     """Number of ranks."""
 
+    @property
+    def seconds(self) -> float:
+        """How long averaging took so far: from when the gradients were there to when the averages were.
+
+        Most of it is the time in which this rank waited for slower ones.
+        """
+
     def average(self, grads: Sequence[Any], name: str) -> list[Any]:
         """Return the averages.
 
@@ -69,12 +76,28 @@ class HorovodAllreduce:
         self.size = int(hvd.size())
         self._hvd = hvd
         self._settings = {"op": hvd.Average, "compression": getattr(hvd.Compression, compression)}
+        with tf.device("CPU:0"):
+            self._seconds = tf.Variable(0.0, trainable=False, dtype=tf.float64)
+
+    @property
+    def seconds(self) -> float:
+        """How long averaging took so far; see :class:`Allreduce`."""
+        return float(self._seconds.numpy())
 
     @_plain  # type: ignore[untyped-decorator]
     def average(self, grads: Sequence[Any], name: str) -> list[Any]:
         """Return the averages; see :class:`Allreduce`."""
         if self.size == 1:
             return list(grads)
+        # Horovod's operations run in threads of its own, inside of a graph: only the graph can tell their time.
+        began = _time_after(grads)
+        with tf.control_dependencies([began]):
+            averaged = self._average(grads, name)
+        with tf.device("CPU:0"):
+            self._seconds.assign_add(_time_after(averaged) - began)
+        return averaged
+
+    def _average(self, grads: Sequence[Any], name: str) -> list[Any]:
         averaged: list[Any] = list(grads)
         for dtype in dict.fromkeys(grad.dtype for grad in grads if not _is_sparse(grad)):
             # A grouped call takes one dtype, and of the short ones float16 alone.
@@ -107,6 +130,12 @@ class SharedMemoryAllreduce:
         self._horovod = horovod
         # What TensorFlow orders are uses of a variable; calls of Python functions it may run at the same time.
         self._calls = tf.Variable(0, trainable=False, dtype=tf.int64)
+        self._seconds = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """How long averaging took so far; see :class:`Allreduce`."""
+        return self._seconds + self._horovod.seconds
 
     @_plain  # type: ignore[untyped-decorator]
     def average(self, grads: Sequence[Any], name: str) -> list[Any]:
@@ -126,7 +155,10 @@ class SharedMemoryAllreduce:
         return [tf.ensure_shape(average, grad.shape) for average, grad in zip(found, grads, strict=True)]
 
     def _add(self, *grads: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
-        return self._shared.add(grads, 1 / self.size)
+        began = time.perf_counter()
+        averages = self._shared.add(grads, 1 / self.size)
+        self._seconds += time.perf_counter() - began
+        return averages
 
 
 def choose_allreduce(kind: str, session: Session, variables: Sequence[Any], compression: str) -> Allreduce:
@@ -218,6 +250,13 @@ def _time(allreduce: Allreduce, variables: Sequence[Any]) -> float:
 
 def _sent_as(dtype: tf.DType) -> tf.DType:
     return tf.float32 if dtype == tf.bfloat16 else dtype
+
+
+def _time_after(tensors: Sequence[Any]) -> tf.Tensor:
+    """Return the time, in seconds, at which all tensors are there; on a GPU, at which they are on its way."""
+    parts = tf.nest.flatten(list(tensors), expand_composites=True)  # sparse ones are their values and indices
+    with tf.device("CPU:0"), tf.control_dependencies(parts):
+        return tf.timestamp()
 
 
 def _is_sparse(grad: Any) -> bool:

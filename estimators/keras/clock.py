@@ -32,6 +32,12 @@ class StepClock:
         self._epochs.append((rows, time.perf_counter() - self._started, self._waited_s))
 
     @property
+    def last(self) -> tuple[float, float]:
+        """Seconds that the steps of the last epoch took, and how long they waited for rows."""
+        _, seconds, waited_s = self._epochs[-1]
+        return seconds, waited_s
+
+    @property
     def rows_per_s(self) -> float:
         """Rows of all ranks per second."""
         rows, seconds, _ = self._sums()

@@ -14,6 +14,7 @@ from hvdspark.estimators.keywords import sort_out
 from hvdspark.estimators.persistence import Persistable
 
 from hvdspark.errors import ModelFormatError, ParamError
+from hvdspark.history import EpochRecord
 from hvdspark.plan import TrainResult
 from hvdspark.store import Store
 from hvdspark.warmstart import WarmStart
@@ -124,6 +125,9 @@ class KerasEstimator(HorovodEstimator, Persistable):
     on_nan
         What to do when averaged gradients, or the loss of an epoch, are not finite: ``"fail"``, the default, with an
         error that names epoch, step and rank; ``"stop"`` with the model before that step; or ``"skip"`` such steps.
+    verbose
+        What a fit shows: 0 nothing; 1, the default, a bar in a terminal or notebook, elsewhere a line in the log for
+        every epoch; 2 these lines in any case.
     run_id
         Name of the run's folder in the Store. One that was interrupted goes on from its last checkpoint.
     mlflow
@@ -344,7 +348,8 @@ class KerasEstimator(HorovodEstimator, Persistable):
     def _make_model(self, data: bytes, result: TrainResult) -> KerasModel:
         origin = self._required("store").url_of(result.model_path)
         codec.require_whole(data, origin)
-        model = KerasModel(data, result.inputs, result.outputs, result.history, self._all_custom_objects())
+        epochs = [EpochRecord.from_plain(values) for values in result.epochs]
+        model = KerasModel(data, result.inputs, result.outputs, result.history, self._all_custom_objects(), epochs)
         model._origin = origin
         model._rows_per_s = result.rows_per_s
         model._data_wait_share = result.data_wait_share

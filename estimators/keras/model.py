@@ -10,6 +10,7 @@ from hvdspark.estimators.base import HorovodModel, tensors_from_json, tensors_to
 from hvdspark.estimators.keras import codec
 from hvdspark.estimators.persistence import Persistable
 
+from hvdspark.history import EpochRecord
 from hvdspark.plan import ModelTensor
 
 if TYPE_CHECKING:
@@ -37,8 +38,9 @@ class KerasModel(HorovodModel, Persistable):
         outputs: Sequence[ModelTensor] = (),
         history: Mapping[str, list[float]] | None = None,
         custom_objects: Mapping[str, Any] | None = None,
+        epochs: Sequence[EpochRecord] = (),
     ) -> None:
-        super().__init__(data, inputs, outputs, history)
+        super().__init__(data, inputs, outputs, history, epochs)
         self._init_attributes()
         self._custom_objects = dict(custom_objects or {})
 
@@ -67,13 +69,19 @@ class KerasModel(HorovodModel, Persistable):
             "inputs": tensors_to_json(self._inputs),
             "outputs": tensors_to_json(self._outputs),
             "history": self._history,
+            "epochs": [record.to_plain() for record in self._epochs],
         }
         return extra, {_FILE: self._data}
 
     @classmethod
     def _from_files(cls, extra: Mapping[str, Any], files: Mapping[str, bytes]) -> Self:
         return cls(
-            files[_FILE], tensors_from_json(extra["inputs"]), tensors_from_json(extra["outputs"]), extra["history"]
+            files[_FILE],
+            tensors_from_json(extra["inputs"]),
+            tensors_from_json(extra["outputs"]),
+            extra["history"],
+            # Models that were saved before there were any have none.
+            epochs=[EpochRecord.from_plain(values) for values in extra.get("epochs", ())],
         )
 
 

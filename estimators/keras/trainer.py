@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from hvdspark.estimators.keras import lean  # isort: skip  # noqa: F401 - before Keras, which Horovod imports
@@ -23,6 +23,7 @@ from hvdspark.estimators.keras.callbacks import callback_list, chosen, watch_bat
 from hvdspark.estimators.keras.clock import StepClock
 from hvdspark.estimators.keras.feeding import StepFeed
 from hvdspark.estimators.keras.finite import FiniteGuard
+from hvdspark.estimators.keras.journal import EpochHistory, Journal
 from hvdspark.estimators.keras.metrics import current_metrics, global_metrics
 from hvdspark.estimators.keras.optimizer import GradientReducer, LearningRateScale
 from hvdspark.estimators.keras.snapshot import Snapshot
@@ -31,12 +32,14 @@ from hvdspark.estimators.keras.states import Place, States
 from hvdspark.estimators.keras.steps import TrainSteps, ValidationSteps, build_metrics
 
 from hvdspark.data.shardcache import CacheRoom
+from hvdspark.history import EpochRecord
 from hvdspark.launch import gpus
 from hvdspark.plan import FitPlan, ModelTensor, ShardPlan, TrainResult
 from hvdspark.runs import run_folder
 from hvdspark.store import Store
 from hvdspark.worker import pulse
 from hvdspark.worker.checkpoint import Checkpoints
+from hvdspark.worker.reporter import Reporter
 from hvdspark.worker.session import Session, context_from_environment, horovod_session
 
 logger = logging.getLogger(__name__)
@@ -82,9 +85,10 @@ class _Training:
         self._session = session
         self._phases: dict[str, float] = {}
         self._epoch = "no epoch yet"
-        store = Store.from_ref(plan.store).within(run_folder(plan.run_id))
+        self._store = store = Store.from_ref(plan.store).within(run_folder(plan.run_id))
         self._checkpoints = Checkpoints(store, plan.run_id, codec.SUFFIX, spec.best_of)
         self._clock = StepClock()
+        self._reporter: Reporter | None = None
         room = CacheRoom(session.context.local_size)
         passes = -(-plan.epochs * plan.steps_per_epoch // plan.train.steps)
         self._batches = self._open(plan.train, room, passes, shuffle=plan.shuffle)
@@ -94,8 +98,8 @@ class _Training:
         pulse.moved_on("preparing the model")
         with self._timed("prepare"):
             self._prepare()
-        with self._timed("train"):
-            history = self._epochs()
+        with self._timed("train"), self._reporter or nullcontext():
+            self._epochs()
             wait_share = self._longest_wait()
         if not self._session.is_first:
             return None
@@ -105,13 +109,14 @@ class _Training:
             self._states.clear()
         inputs, outputs = codec.describe(self._model)
         return TrainResult(
-            history=history,
+            history=dict(self._history.history),
             model_path=path,
             phases=self._phases,
             rows_per_s=self._clock.rows_per_s,
             data_wait_share=wait_share,
             inputs=inputs or (),
             outputs=outputs or self._outputs(),
+            epochs=tuple(self._history.records),
         )
 
     def _open(self, shards: ShardPlan, room: CacheRoom, passes: int, *, shuffle: bool) -> Batches:
@@ -160,6 +165,11 @@ class _Training:
         )
         if self._val_batches is not None:
             self._val_steps = ValidationSteps(self._model, self._val_batches, self._pack)
+        self._journal = Journal(
+            plan, self._session, self._model, allreduce, self._clock, self._rows_of, spec.passes_per_step
+        )
+        if self._session.is_first:
+            self._reporter = Reporter(self._store, plan.run_id, self._journal.progress)
 
     def _agree(self, variables: Sequence[Any]) -> None:
         """Give all ranks the first one's variables, should any differ: they come from one file and one seed."""
@@ -196,12 +206,16 @@ class _Training:
             for index, tensor in enumerate(flat)
         )
 
-    def _epochs(self) -> dict[str, list[float]]:
-        """Run all epochs that are left; returns the history of all."""
+    def _rows_of(self, first: int, stop: int) -> np.ndarray:
+        """Return the rows of all ranks by step."""
+        return self._facts.of(first, stop)[1]
+
+    def _epochs(self) -> None:
+        """Run all epochs that are left."""
         plan, session = self._plan, self._session
-        history = keras.callbacks.History()
+        self._history = EpochHistory()
         # The history last, as in Keras: it records what the others add to the logs.
-        own = [*chosen(self._spec.callbacks, is_first=session.is_first), history]
+        own = [*chosen(self._spec.callbacks, is_first=session.is_first), self._history]
         self._watches_batches = watch_batches(own)
         callbacks = callback_list(own, self._model, plan.epochs, plan.steps_per_epoch)
         snapshot = Snapshot(self._model, callbacks.callbacks, [*self._reducer.variables, *self._guard.variables])
@@ -219,7 +233,7 @@ class _Training:
             first = epoch * steps
             self._epoch = f"epoch {epoch + 1}"
             pulse.moved_on(f"{self._epoch}, beginning")
-            self._clock.start()
+            self._journal.begin(epoch, max(place.step - first, 0))
             anew = place.step <= first
             if anew:
                 self._model.reset_metrics()
@@ -231,14 +245,17 @@ class _Training:
                 break
             own_loss = current_metrics(self._model).get("loss", 0.0)
             logs = global_metrics(self._model, session, int(rows.sum()), "hvdspark_train_metrics")
-            self._clock.stop(int(self._facts.of(max(first, place.step), first + len(rows))[1].sum(dtype=np.int64)))
+            self._journal.trained(int(self._rows_of(max(first, place.step), first + len(rows)).sum(dtype=np.int64)))
             pulse.moved_on(f"{self._epoch}, after its last step")
             self._average_statistics()
-            logs |= {f"val_{name}": value for name, value in self._validate(callbacks).items()}
+            if self._val_batches is not None:
+                with self._journal.validating():
+                    logs |= {f"val_{name}": value for name, value in self._validate(callbacks).items()}
             logs |= self._guard.end_epoch(epoch, steps, logs, own_loss)
             self._model.stop_training |= self._guard.ended
             pulse.moved_on(f"{self._epoch}, in callbacks at its end")
             callbacks.on_epoch_end(epoch, logs)
+            self._note_epoch()
             pulse.moved_on(f"{self._epoch}, keeping what was trained")
             if session.is_first:
                 logger.info("epoch %d/%d: %s", epoch + 1, plan.epochs, _show(logs))
@@ -249,7 +266,13 @@ class _Training:
                 self._model.stop_training = True
                 break
         self._finish(callbacks, logs)
-        return dict(history.history)
+
+    def _note_epoch(self) -> None:
+        """Keep what is known of the epoch that has ended, and on the first rank have it written."""
+        records = self._history.records
+        records.append(self._journal.record(self._history.last).to_plain())
+        if self._reporter is not None:
+            self._reporter.history([EpochRecord.from_plain(values) for values in records])
 
     def _finish(self, callbacks: Any, logs: Mapping[str, float]) -> None:
         """Let the optimizer and the callbacks have their last word on the weights, as restoring the best ones is."""
@@ -287,12 +310,14 @@ class _Training:
             portion = feed.take(most, self._clock.waiting())
             callbacks.on_train_batch_begin(step)
             pulse.moved_on(f"{here}, computing")
+            self._journal.call(step, portion.count)
             facts = self._facts.of(first + step, first + step + portion.count)
             self._train_steps.take(portion, *facts)
             self._guard.look(epoch, step, steps)
             if self._guard.ended:
                 break
             step += portion.count
+            self._journal.called(step)
             pulse.moved_on(f"{here}, after it")
             if self._watches_batches:
                 callbacks.on_train_batch_end(step - 1, current_metrics(self._model))
@@ -305,10 +330,9 @@ class _Training:
 
     def _validate(self, callbacks: Any) -> dict[str, float]:
         """Evaluate on the validation rows of all ranks."""
-        if self._val_batches is None:
-            return {}
         shards = self._plan.val
         assert shards is not None
+        assert self._val_batches is not None
         limit = self._plan.validation_steps_per_epoch
         steps = self._val_batches.own_steps if limit is None else min(limit, self._val_batches.own_steps)
         self._model.reset_metrics()

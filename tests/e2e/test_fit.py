@@ -107,7 +107,8 @@ def test_a_pipeline_learns_and_its_saved_copy_predicts_the_same(
     assert {"check", "write", "launch", "train", "publish"} <= set(model.phases)
     assert model.rows_per_s > 0
     assert 0 < model.data_wait_share < 1
-    assert sorted(store.list("runs", "learns")) == ["checkpoints", "logs", "model.keras", "run.json"]
+    files = ["checkpoints", "history.json", "logs", "model.keras", "progress.json", "run.json"]
+    assert store.list("runs", "learns") == files
     assert store.list("runs", "learns", "logs") == ["launch.json", "rank-0.log", "rank-1.log"]
     log = store.read_bytes("runs", "learns", "logs", "rank-0.log").decode()
     assert "epoch 5/5" in log

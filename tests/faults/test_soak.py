@@ -94,7 +94,8 @@ def test_fifty_fits_with_faults_leave_nothing(spark: SparkSession, df: DataFrame
 
     assert store.list("runs") == [f"fit-{number:02d}" for number in range(FITS)]
     for name in store.list("runs"):
-        assert store.list("runs", name) == ["checkpoints", "logs", "model.keras", "run.json"]
+        files = ["checkpoints", "history.json", "logs", "model.keras", "progress.json", "run.json"]
+        assert store.list("runs", name) == files
         assert store.list("runs", name, "checkpoints") == ["last.keras"]
         record = read_record(store, name)
         assert record is not None
