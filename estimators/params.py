@@ -208,6 +208,8 @@ class EstimatorParams(ModelParams):
         "0: silent; 1: a bar in a terminal or notebook, elsewhere a line per epoch; 2: a line per epoch",
         integer("verbose"),
     )
+    tensorboard = param("tensorboard", "write TensorBoard's event files into the run's folder", boolean("tensorboard"))
+    timeline = param("timeline", "write Horovod's timeline into the run's folder", boolean("timeline"))
     gradient_compression = param(
         "gradient_compression", "'none', or 'fp16' to send half-precision gradients", to_compression
     )

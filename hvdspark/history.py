@@ -13,6 +13,9 @@ from hvdspark.errors import StoreError
 from hvdspark.runs import run_folder
 from hvdspark.store import Store
 
+# Folders of a run.
+TENSORBOARD, TIMELINE = "tensorboard", "timeline"
+
 _HISTORY, _PROGRESS = "history.json", "progress.json"
 
 # The parts of a rank's time, and what people call them.

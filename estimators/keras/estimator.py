@@ -128,6 +128,9 @@ class KerasEstimator(HorovodEstimator, Persistable):
     verbose
         What a fit shows: 0 nothing; 1, the default, a bar in a terminal or notebook, elsewhere a line in the log for
         every epoch; 2 these lines in any case.
+    tensorboard, timeline
+        Whether to write TensorBoard's event files, and Horovod's timeline, into the run's folder. With a timeline,
+        gradients go through Horovod, also where shared memory is faster.
     run_id
         Name of the run's folder in the Store. One that was interrupted goes on from its last checkpoint.
     mlflow
@@ -203,6 +206,8 @@ class KerasEstimator(HorovodEstimator, Persistable):
         shuffle: bool | None = None,
         random_seed: int | None = None,
         verbose: int | None = None,
+        tensorboard: bool | None = None,
+        timeline: bool | None = None,
         run_id: str | None = None,
         mlflow: bool | None = None,
         max_restarts: int | None = None,
@@ -241,6 +246,8 @@ class KerasEstimator(HorovodEstimator, Persistable):
             random_seed=0,
             verbose=1,
             mlflow=False,
+            tensorboard=False,
+            timeline=False,
             gradient_compression="none",
             allreduce="auto",
             backward_passes_per_step=1,
@@ -284,6 +291,12 @@ class KerasEstimator(HorovodEstimator, Persistable):
                     f"callbacks holds a {type(callback).__name__}, which is no keras.callbacks.Callback",
                     param="callbacks",
                 )
+        if self._value("timeline") and self._value("allreduce") == "shared_memory":
+            raise ParamError(
+                "timeline=True and allreduce='shared_memory': nothing goes through Horovod then that a timeline could"
+                " show; leave out one of the two",
+                param="timeline",
+            )
         if self._value("learning_rate") is not None:
             self._check_learning_rate(model)
         best_of = self._best_of()
@@ -329,7 +342,8 @@ class KerasEstimator(HorovodEstimator, Persistable):
             callbacks=tuple(self._callbacks or ()),
             learning_rate=self._value("learning_rate"),
             scale_learning_rate=self._value("scale_learning_rate"),
-            allreduce=self._value("allreduce"),
+            # In shared memory there is nothing that Horovod could put on a timeline.
+            allreduce="horovod" if self._value("timeline") else self._value("allreduce"),
             compression=self._value("gradient_compression"),
             passes_per_step=self._value("backward_passes_per_step"),
             best_of=self._best_of(),
@@ -337,6 +351,8 @@ class KerasEstimator(HorovodEstimator, Persistable):
             checkpoint_steps=self._value("checkpoint_steps"),
             keep_checkpoints=self._value("keep_checkpoints"),
             on_nan=self._value("on_nan"),
+            tensorboard=self._value("tensorboard"),
+            timeline=self._value("timeline"),
         )
         # By address: only the training processes import TensorFlow's Horovod.
         return Job(self._trainer, (spec,))

@@ -42,6 +42,8 @@ class KerasSpec:
         See :class:`~hvdspark.estimators.keras.finite.FiniteGuard`.
     use_gpu
         Whether to use the GPU of the local rank, where there is one.
+    tensorboard, timeline
+        Whether to write TensorBoard's event files, and Horovod's timeline.
     """
 
     model: bytes = field(repr=False)
@@ -58,3 +60,5 @@ class KerasSpec:
     checkpoint_steps: int | None = None
     keep_checkpoints: int = 2
     on_nan: str = "fail"
+    tensorboard: bool = False
+    timeline: bool = False

@@ -30,6 +30,7 @@ from hvdspark.estimators.keras.snapshot import Snapshot
 from hvdspark.estimators.keras.spec import KerasSpec
 from hvdspark.estimators.keras.states import Place, States
 from hvdspark.estimators.keras.steps import TrainSteps, ValidationSteps, build_metrics
+from hvdspark.estimators.keras.tensorboard import RunTensorBoard
 
 from hvdspark.data.shardcache import CacheRoom
 from hvdspark.history import EpochRecord
@@ -41,6 +42,7 @@ from hvdspark.worker import pulse
 from hvdspark.worker.checkpoint import Checkpoints
 from hvdspark.worker.reporter import Reporter
 from hvdspark.worker.session import Session, context_from_environment, horovod_session
+from hvdspark.worker.timeline import timeline_in
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +59,8 @@ def train(plan: FitPlan, spec: KerasSpec) -> TrainResult | None:
         On rank 0 the history and where the model is, on the others ``None``.
     """
     _choose_devices(spec.use_gpu)
-    with horovod_session(hvd) as session:
+    store = Store.from_ref(plan.store).within(run_folder(plan.run_id))
+    with timeline_in(store, plan.run_id) if spec.timeline else nullcontext(), horovod_session(hvd) as session:
         return _Training(plan, spec, session).run()
 
 
@@ -210,15 +213,23 @@ class _Training:
         """Return the rows of all ranks by step."""
         return self._facts.of(first, stop)[1]
 
+    def _event_files(self) -> list[RunTensorBoard]:
+        """Return what writes TensorBoard's event files, on the first rank and where they are wanted."""
+        if self._reporter is None or not self._spec.tensorboard:
+            return []
+        return [RunTensorBoard(self._store, self._plan.run_id, self._reporter)]
+
     def _epochs(self) -> None:
         """Run all epochs that are left."""
         plan, session = self._plan, self._session
         self._history = EpochHistory()
         # The history last, as in Keras: it records what the others add to the logs.
-        own = [*chosen(self._spec.callbacks, is_first=session.is_first), self._history]
+        own = [*chosen(self._spec.callbacks, is_first=session.is_first), *self._event_files(), self._history]
         self._watches_batches = watch_batches(own)
         callbacks = callback_list(own, self._model, plan.epochs, plan.steps_per_epoch)
-        snapshot = Snapshot(self._model, callbacks.callbacks, [*self._reducer.variables, *self._guard.variables])
+        # Where event files go is not for a checkpoint to say.
+        kept = [each for each in callbacks.callbacks if not isinstance(each, RunTensorBoard)]
+        snapshot = Snapshot(self._model, kept, [*self._reducer.variables, *self._guard.variables])
         self._states = States(plan, self._spec, session, snapshot, self._rate, self._checkpoints)
         self._model.stop_training = False
         callbacks.on_train_begin()

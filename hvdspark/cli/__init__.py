@@ -13,6 +13,7 @@ _COMMANDS = {
     "info": "hvdspark.cli.info:info",
     "models": "hvdspark.cli.models:models",
     "runs": "hvdspark.cli.runs:runs",
+    "tensorboard": "hvdspark.cli.tensorboard:tensorboard",
 }
 
 

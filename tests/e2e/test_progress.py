@@ -1,17 +1,20 @@
-"""What is to be seen of a fit: while it runs, on the model, in the run's folder."""
+"""What is to be seen of a fit: while it runs, on the model, in the run's folder, in TensorBoard, on a timeline."""
 
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
 import pty
 import re
 import struct
+import subprocess
 import sys
 import termios
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +25,7 @@ import pytest
 from faulty_fits import EPOCHS, Fault, die, estimator, rows_of
 from hvdspark.estimators import KerasModel
 from pyspark.sql import DataFrame, SparkSession
+from standalone import wait_for
 
 from hvdspark import Store
 from hvdspark.history import read_history, read_progress
@@ -47,7 +51,7 @@ def test_a_fit_leaves_its_history_and_names_the_slow_rank(
     df: DataFrame, store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="hvdspark.estimators.progress")
-    model = estimator(store, Nap(), verbose=1, run_id="slow").fit(df)
+    model = estimator(store, Nap(), verbose=1, tensorboard=True, timeline=True, run_id="slow").fit(df)
 
     epochs = read_history(store, "slow")
     assert epochs == model.epochs
@@ -83,6 +87,44 @@ def test_a_fit_leaves_its_history_and_names_the_slow_rank(
     loaded = KerasModel.load(str(tmp_path / "model"))
     assert loaded.epochs == epochs
     assert str(loaded.summary()) == str(model.summary())
+    check_timeline(store)
+    check_tensorboard(store, history)
+
+
+def check_timeline(store: Store) -> None:
+    (name,) = store.list("runs", "slow", "timeline")
+    events = json.loads(store.read_bytes("runs", "slow", "timeline", name))
+    named = {
+        event["args"]["name"] for event in events if event.get("name") == "process_name" and "name" in event["args"]
+    }
+    assert any("hvdspark_gradients" in found for found in named)
+
+
+def check_tensorboard(store: Store, history: dict[str, list[float]]) -> None:
+    """Start the command on the run, and ask it for what it would draw."""
+    command = [sys.executable, "-m", "hvdspark", "tensorboard", "--run", "slow", "--store", store.url, "--port", "0"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        said = server.stdout.readline()
+        url = re.fullmatch(r"slow: (http://\S+/)\n", said)[1]
+        assert "127.0.0.1" in url
+
+        def ask(path: str) -> Any:
+            with urllib.request.urlopen(url + path, timeout=60) as answer:
+                return json.load(answer)
+
+        wait_for(lambda: len(ask("data/plugin/scalars/tags")) == 2, "both runs in TensorBoard")
+        tags = ask("data/plugin/scalars/tags")
+        assert {"epoch_loss", "epoch_mae", "epoch_learning_rate"} <= set(tags["train"])
+        points = ask("data/plugin/scalars/scalars?run=validation&tag=epoch_loss")
+        assert [(step, value) for _, step, value in points] == [
+            (step, pytest.approx(value, rel=1e-6)) for step, value in enumerate(history["val_loss"])
+        ]
+        server.terminate()
+        _, errors = server.communicate(timeout=60)
+    finally:
+        server.kill()
+    assert server.returncode == 0, errors
 
 
 def test_a_terminal_shows_a_bar_that_goes_on_after_a_restart(

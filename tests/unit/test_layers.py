@@ -82,6 +82,7 @@ IN_THE_RANK = (
     "spec",
     "states",
     "steps",
+    "tensorboard",
 )
 
 
