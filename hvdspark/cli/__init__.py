@@ -12,6 +12,7 @@ _COMMANDS = {
     "explain": "hvdspark.cli.explain:explain",
     "info": "hvdspark.cli.info:info",
     "models": "hvdspark.cli.models:models",
+    "report": "hvdspark.cli.report:report",
     "runs": "hvdspark.cli.runs:runs",
     "tensorboard": "hvdspark.cli.tensorboard:tensorboard",
 }

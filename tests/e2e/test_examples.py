@@ -94,6 +94,21 @@ def check_ended_well(done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
 
 
+def check_report(page: str) -> None:
+    """Check that a report tells what only a real fit of two ranks leaves behind."""
+    for section in ("curves", "times", "ranks", "epochs", "data", "parameters"):
+        assert f'<section id="{section}">' in page
+    words = " ".join(re.sub(r"<[^>]*>", " ", page).split())
+    assert "Finished" in words
+    assert "epochs 3 of 3" in words
+    assert "2 ranks on 1 host" in words or "2 ranks on 2 hosts" in words
+    for part in ("write", "launch", "compute", "allreduce", "validation", "publish"):
+        assert re.search(rf" {part} .*? [\d.]+ (s|min \d+ s) [<\d]+%", words)
+    assert re.search(r"rmse, epochs 1 to 3: train from [\d.]+ to [\d.]+; validation from", page)
+    assert re.search(r"rows trained on 1\d,\d{3}", words)
+    assert "Not shown" not in words
+
+
 def number(pattern: str, text: str) -> float:
     """Find the number that a pattern's group holds."""
     found = re.search(pattern, text)
@@ -105,11 +120,13 @@ def test_flights_beats_the_mean_and_scores_the_same_after_loading(tmp_path: Path
     pipeline = tmp_path / "pipeline"
     done = run_python(
         *[str(ROOT / "examples" / "flights.py"), "--rows", "20000", "--epochs", "3"],
-        *["--store", str(tmp_path / "store"), "--output", str(pipeline)],
+        *["--store", str(tmp_path / "store"), "--output", str(pipeline), "--report", str(tmp_path / "report.html")],
         folder=tmp_path,
     )
     check_ended_well(done)
     text = done.stdout
+    assert text.splitlines()[-1] == f"report of the fit: {tmp_path / 'report.html'}"
+    check_report((tmp_path / "report.html").read_text("utf-8"))
     rmse = {
         name: number(rf"(?m)^{re.escape(name)} +([\d.]+) +[\d.]+$", text)
         for name in ("mean of the training rows", "Spark's LinearRegression", "Keras, hvdspark")

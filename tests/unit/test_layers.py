@@ -28,6 +28,7 @@ LAYERS = {
     "hvdspark.runs": 2,
     "hvdspark.warmstart": 2,
     "hvdspark.data": 2,
+    "hvdspark.report": 3,
     "hvdspark.launch": 3,
     "hvdspark.worker": 4,
     "hvdspark.run": 5,
