@@ -62,7 +62,7 @@ DATA = {
         ),
     ],
 }
-PHASES = {"check": 0.4, "write": 7.9, "launch": 2.1, "prepare": 1.6, "train": 31.5, "publish": 0.7}
+PHASES = {"check": 0.4, "write": 7.9, "launch": 2.1, "import": 0.9, "prepare": 1.6, "train": 31.5, "publish": 0.7}
 
 
 def epoch(

@@ -38,7 +38,7 @@ from hvdspark.launch import gpus
 from hvdspark.plan import FitPlan, ModelTensor, ShardPlan, TrainResult
 from hvdspark.runs import run_folder
 from hvdspark.store import Store
-from hvdspark.worker import pulse
+from hvdspark.worker import imports, pulse
 from hvdspark.worker.checkpoint import Checkpoints
 from hvdspark.worker.reporter import Reporter
 from hvdspark.worker.session import Session, context_from_environment, horovod_session
@@ -86,7 +86,7 @@ class _Training:
         self._plan = plan
         self._spec = spec
         self._session = session
-        self._phases: dict[str, float] = {}
+        self._phases = {"import": imports.waited_s()}
         self._epoch = "no epoch yet"
         self._store = store = Store.from_ref(plan.store).within(run_folder(plan.run_id))
         self._checkpoints = Checkpoints(store, plan.run_id, codec.SUFFIX, spec.best_of)

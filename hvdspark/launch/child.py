@@ -28,7 +28,7 @@ from hvdspark.launch.answers import DONE, Answers
 from hvdspark.launch.failures import Failure, FailureKind, Outcome
 from hvdspark.launch.guard import STACKS
 from hvdspark.launch.memory import kills_for_memory, show_bytes
-from hvdspark.launch.process import ColdProcess, Recipe, TrainingProcess
+from hvdspark.launch.process import ASKED, ColdProcess, Recipe, TrainingProcess
 from hvdspark.plan import RankContext
 
 logger = logging.getLogger(__name__)
@@ -73,6 +73,7 @@ class Child:
 
     def __init__(self, recipe: Recipe, *, warm: bool) -> None:
         self._recipe = recipe
+        self._asked = time.monotonic()
         # Where there is nothing to import, there is nothing to keep either.
         pooled = pool.take(recipe) if warm and recipe.modules else None
         self._process: TrainingProcess = pooled or ColdProcess(recipe)
@@ -120,7 +121,7 @@ class Child:
         pump.start()
         stacks = ""
         try:
-            process.hand_over(environment, payload, own)
+            process.hand_over({**environment, ASKED: repr(self._asked)}, payload, own)
             answers = Answers(process, deadline, patience.stall_s, alarm)
             answer = answers.final()
             ended, sign = time.time(), answers.sign

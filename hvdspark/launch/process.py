@@ -24,6 +24,9 @@ from hvdspark.launch import guard
 
 BLOCK = struct.Struct(">Q")
 
+# When the task asked for the process, by the machine's monotonic clock.
+ASKED = "HVDSPARK_ASKED"
+
 # As Spark made it. Later code in this interpreter may change it: TensorFlow does, where a transform has run before.
 _ENVIRONMENT = dict(os.environ)
 

@@ -100,7 +100,7 @@ LAGGING = 0.15
 _PHASES = {
     "check": ("check", "parameters, schema and cluster are looked at before any job", "setup-1"),
     "write": ("write", "the rows become a dataset in the Store; an earlier fit's is taken as it is", "setup-2"),
-    "launch": ("launch", "Spark starts the ranks, which load TensorFlow unless the warm pool has, and meet", "setup-3"),
+    "launch": ("launch", "Spark starts the ranks, and they meet", "setup-3"),
     "import": ("import", "the ranks load TensorFlow, where the warm pool has not done so before", "setup-4"),
     "prepare": ("prepare", "the ranks build and compile the model", "setup-5"),
     "publish": ("publish", "the trained model goes into the Store and comes back to the driver", "setup-6"),

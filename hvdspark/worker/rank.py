@@ -28,8 +28,8 @@ import cloudpickle
 from hvdspark.launch import fabric, gpus
 from hvdspark.launch.answers import DONE, FAILED, READY
 from hvdspark.launch.guard import STACKS, STACKS_SIGNAL
-from hvdspark.launch.process import BLOCK
-from hvdspark.worker import pmi
+from hvdspark.launch.process import ASKED, BLOCK
+from hvdspark.worker import imports, pmi
 from hvdspark.worker.pulse import Pulse
 
 logger = logging.getLogger(__name__)
@@ -63,8 +63,9 @@ def preload(modules: Iterable[str]) -> None:
     # Imports make objects that stay. Looking for garbage among them takes a fifth of the time and finds none; neither
     # shall later collections look at them, which would also copy the pages that forks share.
     gc.disable()
-    for name in modules:
-        importlib.import_module(name)
+    with imports.timed():
+        for name in modules:
+            importlib.import_module(name)
     gc.freeze()
     gc.enable()
 
@@ -78,6 +79,7 @@ def serve(answers: int) -> NoReturn:
         The descriptor through which to answer.
     """
     os.environ.update(json.loads(_read_block(sys.stdin.buffer)))
+    imports.asked(float(os.environ.pop(ASKED)))
     payload, own = _read_block(sys.stdin.buffer), _read_block(sys.stdin.buffer)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # A warm parent may have looked for the place of temporary files already.

@@ -104,7 +104,7 @@ def test_a_pipeline_learns_and_its_saved_copy_predicts_the_same(
 
     assert model.uid == keras_stage.uid
     assert model.getRunId() == "learns"
-    assert {"check", "write", "launch", "train", "publish"} <= set(model.phases)
+    assert {"check", "write", "launch", "import", "train", "publish"} <= set(model.phases)
     assert model.rows_per_s > 0
     assert 0 < model.data_wait_share < 1
     files = ["checkpoints", "history.json", "logs", "model.keras", "progress.json", "run.json"]

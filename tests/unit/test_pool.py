@@ -108,6 +108,17 @@ def test_ranks_of_one_recipe_share_one_import(recipe: Recipe, imports: Path) -> 
     assert [process.pid for process in parents()] == [parent]
 
 
+def test_imports_take_time_from_the_launch_that_waits_for_them(recipe: Recipe) -> None:
+    def waited() -> float:
+        from hvdspark.worker.imports import waited_s
+
+        return waited_s()
+
+    first, second = run(recipe, waited), run(recipe, waited)
+    assert first > 0
+    assert second == 0
+
+
 def test_what_a_rank_does_to_its_process_is_not_seen_by_the_next(recipe: Recipe) -> None:
     def change() -> Any:
         import random
