@@ -5,17 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import cloudpickle
-
 from hvdspark.errors import LaunchError
-from hvdspark.launch.barrier import run_barrier
-from hvdspark.launch.fabric import Rdma
-from hvdspark.launch.options import LaunchOptions
-from hvdspark.launch.slots import count_slots
-from hvdspark.worker.job import Job
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
+
+    from hvdspark.launch.fabric import Rdma
 
 
 def run(
@@ -97,6 +92,14 @@ def run(
     >>> run(mean_of_ranks, num_proc=2)  # doctest: +SKIP
     [0.5, 0.5]
     """
+    # Here, because `import hvdspark` must do without them where nothing is launched, as in Airflow's environment.
+    import cloudpickle
+
+    from hvdspark.launch.barrier import run_barrier
+    from hvdspark.launch.options import LaunchOptions
+    from hvdspark.launch.slots import count_slots
+    from hvdspark.worker.job import Job
+
     session = spark or active_session()
     options = LaunchOptions(
         controller=controller,

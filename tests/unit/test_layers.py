@@ -191,6 +191,18 @@ def test_importing_the_estimators_loads_no_framework() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_importing_hvdspark_takes_what_airflow_has_too() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, hvdspark.runs; "
+        "print([name for name in ('pyspark', 'py4j', 'numpy', 'pyarrow', 'cloudpickle') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_a_training_process_starts_without_pyspark() -> None:
     import subprocess
     import sys
