@@ -79,6 +79,10 @@ class Cluster:
 
         wait_for(found, f"workers with {cores} cores")
 
+    def applications(self) -> list[str]:
+        """Name the applications that run."""
+        return [application["name"] for application in (self._state() or {}).get("activeapps", ())]
+
     def start(self, name: str, *arguments: str, environment: Mapping[str, str] = {}) -> None:
         """Start one of Spark's daemons, anew if it is there; it ends with this process, however that ends."""
         if name in self._started:

@@ -49,6 +49,7 @@ LAYERS = {
     "hvdspark.estimators.base": 6,
     "hvdspark.estimators.persistence": 6,
     "hvdspark.estimators.keras": 7,
+    "hvdspark.airflow": 8,
     "hvdspark.cli": 8,
     "hvdspark.__main__": 9,
 }
@@ -62,6 +63,7 @@ FORBIDDEN = {
     "hvdspark.plan": ("pyspark", "pyarrow", "numpy"),
     "hvdspark.launch.topology": ("pyspark", "os", "socket"),
     "hvdspark.data.shards": ("pyspark", "pyarrow", "petastorm"),
+    "hvdspark.airflow": ("pyspark", "py4j", "cloudpickle", "numpy", "pyarrow"),
 }
 
 # These run in the training process, where pyspark has no business.
