@@ -225,7 +225,8 @@ class _Training:
         self._history = EpochHistory()
         # The history last, as in Keras: it records what the others add to the logs.
         own = [*chosen(self._spec.callbacks, is_first=session.is_first), *self._event_files(), self._history]
-        self._watches_batches = watch_batches(own)
+        # Together: ranks that take another number of steps at a time would not stop at the same one.
+        self._watches_batches = session.any(watch_batches(own), "hvdspark_watch_batches")
         callbacks = callback_list(own, self._model, plan.epochs, plan.steps_per_epoch)
         # Where event files go is not for a checkpoint to say.
         kept = [each for each in callbacks.callbacks if not isinstance(each, RunTensorBoard)]

@@ -103,10 +103,18 @@ def test_a_model_that_runs_eagerly_skips_as_well(spark: SparkSession, sick: Data
     assert_same(found, expected)
 
 
+class StepLogger(keras.callbacks.CSVLogger):  # type: ignore[misc]
+    """A writer, so that the first rank alone has it, which looks at every step."""
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        assert batch < BAD_STEP
+
+
 def test_a_fit_that_stops_has_the_model_of_the_last_finite_step(
-    spark: SparkSession, sick: DataFrame, store: Store
+    spark: SparkSession, sick: DataFrame, store: Store, tmp_path: Path
 ) -> None:
-    model = estimator(store, on_nan="stop", run_id="sick").fit(sick)
+    callbacks = [StepLogger(tmp_path / "epochs.csv")]
+    model = estimator(store, on_nan="stop", run_id="sick", callbacks=callbacks, stall_timeout_s=20).fit(sick)
     assert_same(outcome(model), outcome(estimator(store, epochs=1).fit(without(spark, BAD_STEP, STEPS))))
     assert len(model.getHistory()["loss"]) == 1
     log = Path(store.path("runs/sick/logs/rank-0.log")).read_text()
