@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self, TypeVar
 
 from hvdspark.errors import StoreError
-from hvdspark.runs import run_folder
+from hvdspark.runs import HISTORY, run_folder
 from hvdspark.store import Store
 
 # Folders of a run.
 TENSORBOARD, TIMELINE = "tensorboard", "timeline"
 
-_HISTORY, _PROGRESS = "history.json", "progress.json"
+_PROGRESS = "progress.json"
 
 # The parts of a rank's time, and what people call them.
 _PARTS = {"data_wait_s": "data wait", "allreduce_s": "allreduce", "compute_s": "compute"}
@@ -158,7 +158,7 @@ class Progress:
 
 def write_history(store: Store, run_id: str, epochs: Sequence[EpochRecord]) -> None:
     """Replace the history of a run; raises :class:`StoreError` when it cannot be written."""
-    _write(store, run_id, _HISTORY, {"epochs": [record.to_plain() for record in epochs]})
+    _write(store, run_id, HISTORY, {"epochs": [record.to_plain() for record in epochs]})
 
 
 def write_progress(store: Store, run_id: str, progress: Progress) -> None:
@@ -174,7 +174,7 @@ def read_history(store: Store, run_id: str) -> tuple[EpochRecord, ...]:
     StoreError
         When there is something else in the file.
     """
-    return tuple(_read(store, run_id, _HISTORY, _records) or ())
+    return tuple(_read(store, run_id, HISTORY, _records) or ())
 
 
 def read_progress(store: Store, run_id: str) -> Progress | None:

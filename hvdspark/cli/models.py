@@ -2,38 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
 
 from hvdspark.aliases import AliasEntry, entry_of_run, list_aliases, promote, read_alias, rollback, to_json
+from hvdspark.cli.options import json_option, opened, store_option
 from hvdspark.cli.tables import table, when
-from hvdspark.errors import AliasError, HvdSparkError, closest
-from hvdspark.store import Store
-
-
-def _common(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options that all of them have."""
-    command = click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
-    return click.option(
-        "--store", "url", envvar="HVDSPARK_STORE", required=True, metavar="URL", help="The Store; else HVDSPARK_STORE."
-    )(command)
+from hvdspark.errors import AliasError, closest
 
 
 def _expected(what: str) -> Callable[..., Any]:
     return click.option("--expected", metavar="RUN", help=f"{what}; fail where it refers to another one.")
-
-
-@contextlib.contextmanager
-def _opened(url: str) -> Iterator[Store]:
-    """Open the Store for a block, whose errors become those of the command."""
-    try:
-        yield Store.create(url)
-    except HvdSparkError as exc:
-        raise click.ClickException(str(exc)) from exc
 
 
 @click.group()
@@ -42,10 +24,11 @@ def models() -> None:
 
 
 @models.command("list")
-@_common
+@store_option
+@json_option
 def list_(url: str, as_json: bool) -> None:
     """List the aliases and what they refer to."""
-    with _opened(url) as store:
+    with opened(url) as store:
         found = list_aliases(store)
     if as_json:
         click.echo(json.dumps([{"alias": name, **to_json(entry)} for name, entry in found.items()]))
@@ -59,10 +42,11 @@ def list_(url: str, as_json: bool) -> None:
 
 @models.command()
 @click.argument("alias")
-@_common
+@store_option
+@json_option
 def show(url: str, as_json: bool, alias: str) -> None:
     """Show what an alias refers to, what it can be rolled back to, and what was rolled back."""
-    with _opened(url) as store:
+    with opened(url) as store:
         entry = read_alias(store, alias)
         if entry is None:
             hint = closest(alias, list_aliases(store))
@@ -75,10 +59,11 @@ def show(url: str, as_json: bool, alias: str) -> None:
 @click.argument("run")
 @click.option("--model", metavar="ADDRESS", help="Address of the saved PipelineModel; by default the run's own model.")
 @_expected("The run that the alias must refer to still ('' for none)")
-@_common
+@store_option
+@json_option
 def promote_(url: str, as_json: bool, alias: str, run: str, model: str | None, expected: str | None) -> None:
     """Let an alias refer to the model of a finished run."""
-    with _opened(url) as store:
+    with opened(url) as store:
         entry = promote(store, alias, entry_of_run(store, run, model), expected)
     _print(alias, entry, as_json=as_json)
 
@@ -86,10 +71,11 @@ def promote_(url: str, as_json: bool, alias: str, run: str, model: str | None, e
 @models.command("rollback")
 @click.argument("alias")
 @_expected("The run to roll back")
-@_common
+@store_option
+@json_option
 def rollback_(url: str, as_json: bool, alias: str, expected: str | None) -> None:
     """Let an alias refer to its previous model again."""
-    with _opened(url) as store:
+    with opened(url) as store:
         entry = rollback(store, alias, expected)
     _print(alias, entry, as_json=as_json)
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
 import click
 
+from hvdspark.cli.options import json_option, opened, store_option
 from hvdspark.cli.tables import duration, size, table, value, when
-from hvdspark.errors import HvdSparkError
 from hvdspark.metrics import Mode
 from hvdspark.registry import Table, best_run, compare_runs, flatten, list_runs, show_run
 from hvdspark.retention import gc_runs
 from hvdspark.runs import RunRecord, finite_only
-from hvdspark.store import Store
 
 _AGE = re.compile(r"(\d+(?:\.\d+)?)([smhdw])")
 _CAUSE_WIDTH = 60
@@ -35,23 +33,6 @@ def _seconds(_ctx: click.Context, _param: click.Parameter, given: str | None) ->
     return float(found[1]) * _SECONDS[found[2]]
 
 
-def _common(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options that all of them have."""
-    command = click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
-    return click.option(
-        "--store", "url", envvar="HVDSPARK_STORE", required=True, metavar="URL", help="The Store; else HVDSPARK_STORE."
-    )(command)
-
-
-@contextlib.contextmanager
-def _opened(url: str) -> Iterator[Store]:
-    """Open the Store for a block, whose errors become those of the command."""
-    try:
-        yield Store.create(url)
-    except HvdSparkError as exc:
-        raise click.ClickException(str(exc)) from exc
-
-
 @click.group()
 def runs() -> None:
     """Find, compare and clean up the runs in a Store."""
@@ -60,10 +41,11 @@ def runs() -> None:
 @runs.command("list")
 @click.option("--state", type=click.Choice(["running", "finished", "failed", "interrupted", "damaged"]))
 @click.option("--last", type=click.IntRange(min=1), metavar="N", help="Only the newest N.")
-@_common
+@store_option
+@json_option
 def list_(url: str, as_json: bool, state: str | None, last: int | None) -> None:
     """List the runs, the newest first."""
-    with _opened(url) as store:
+    with opened(url) as store:
         records = [record for record in list_runs(store) if state in (None, record.state)][:last]
     if as_json:
         _print_json([record.to_json() for record in records])
@@ -80,10 +62,11 @@ def list_(url: str, as_json: bool, state: str | None, last: int | None) -> None:
 
 @runs.command()
 @click.argument("run_id")
-@_common
+@store_option
+@json_option
 def show(url: str, as_json: bool, run_id: str) -> None:
     """Show all that is known of a run."""
-    with _opened(url) as store:
+    with opened(url) as store:
         details = show_run(store, run_id)
     record = details.record
     if as_json:
@@ -127,10 +110,11 @@ def show(url: str, as_json: bool, run_id: str) -> None:
 
 @runs.command()
 @click.argument("run_ids", nargs=-1, required=True)
-@_common
+@store_option
+@json_option
 def compare(url: str, as_json: bool, run_ids: tuple[str, ...]) -> None:
     """Show in what runs differ, and their metrics side by side."""
-    with _opened(url) as store:
+    with opened(url) as store:
         found = compare_runs(store, run_ids)
     if as_json:
         _print_json(finite_only(asdict(found)))
@@ -149,10 +133,11 @@ def compare(url: str, as_json: bool, run_ids: tuple[str, ...]) -> None:
 @runs.command()
 @click.option("--metric", default="val_loss", show_default=True)
 @click.option("--mode", type=click.Choice(["auto", "min", "max"]), default="auto", show_default=True)
-@_common
+@store_option
+@json_option
 def best(url: str, as_json: bool, metric: str, mode: str) -> None:
     """Print the name of the finished run that is the best by a metric."""
-    with _opened(url) as store:
+    with opened(url) as store:
         record = best_run(store, metric, cast(Mode, mode))
     if as_json:
         _print_json(record.to_json())
@@ -170,7 +155,8 @@ def best(url: str, as_json: bool, metric: str, mode: str) -> None:
     "--older-than", "older_than_s", callback=_seconds, metavar="AGE", help="Remove what is older: 90m, 12h, 30d, 4w."
 )
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
-@_common
+@store_option
+@json_option
 def gc(url: str, as_json: bool, keep_last: int | None, older_than_s: float | None, dry_run: bool) -> None:
     """Remove runs that are too many and too old; with both options, those that are both.
 
@@ -178,7 +164,7 @@ def gc(url: str, as_json: bool, keep_last: int | None, older_than_s: float | Non
     """
     if keep_last is None and older_than_s is None:
         raise click.UsageError("say which runs may go: --keep-last N, --older-than AGE, or both")
-    with _opened(url) as store:
+    with opened(url) as store:
         verdicts = gc_runs(store, keep_last, older_than_s, dry_run=dry_run)
     if as_json:
         _print_json([asdict(verdict) for verdict in verdicts])

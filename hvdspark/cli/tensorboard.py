@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from hvdspark.cli.options import opened, store_option
 from hvdspark.errors import HvdSparkError
 from hvdspark.history import TENSORBOARD
 from hvdspark.runs import run_folder
@@ -27,20 +28,16 @@ _REFRESH_S = 10.0
 
 @click.command()
 @click.option("--run", "run_id", required=True, metavar="ID", help="The run, of a fit with tensorboard=True.")
-@click.option("--store", "url", required=True, envvar="HVDSPARK_STORE", metavar="URL", help="The Store.")
+@store_option
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option("--port", default=6006, show_default=True, type=click.IntRange(0, 65535), help="The port; 0 takes any.")
 def tensorboard(run_id: str, url: str, host: str, port: int) -> None:
     """Show a run in TensorBoard, until it is stopped by Ctrl-C or SIGTERM."""
     if importlib.util.find_spec("tensorboard") is None:
         raise click.ClickException("TensorBoard is not installed; pip install 'hvdspark[tensorboard]'")
-    try:
-        store = Store.create(url)
-        with _files_of(store, posixpath.join(run_folder(run_id), TENSORBOARD)) as folder:
-            click.echo(f"{run_id}: {_launch(folder, host, port)}")
-            _await_end()
-    except HvdSparkError as exc:
-        raise click.ClickException(str(exc)) from exc
+    with opened(url) as store, _files_of(store, posixpath.join(run_folder(run_id), TENSORBOARD)) as folder:
+        click.echo(f"{run_id}: {_launch(folder, host, port)}")
+        _await_end()
 
 
 def _launch(folder: Path, host: str, port: int) -> str:
