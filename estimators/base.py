@@ -72,6 +72,10 @@ class HorovodEstimator(Estimator, EstimatorParams, abc.ABC):  # type: ignore[typ
         raise ParamError(f"{type(self).__name__} has no warm_start", param="warm_start")
 
     @abc.abstractmethod
+    def _describe_trained(self, data: bytes) -> tuple[Tensors, Tensors]:
+        """Return the inputs and outputs of a trained model's file."""
+
+    @abc.abstractmethod
     def _make_model(self, data: bytes, result: TrainResult) -> HorovodModel:
         """Wrap the trained model's file."""
 

@@ -38,7 +38,17 @@ from hvdspark.plan import BatchSpec, ColumnSpec, FitPlan, TrainResult
 from hvdspark.predict import scored_schema
 from hvdspark.recording import Recording, recorded
 from hvdspark.retention import discard
-from hvdspark.runs import busy, in_progress, is_in_progress, is_removed, log_folder, next_attempt, run_folder
+from hvdspark.runs import (
+    busy,
+    epochs_of,
+    in_progress,
+    is_in_progress,
+    is_removed,
+    log_folder,
+    next_attempt,
+    numbers,
+    run_folder,
+)
 from hvdspark.store import Store
 from hvdspark.versions import package_versions
 from hvdspark.warmstart import WarmStart, keep_start, recall_start
@@ -279,6 +289,44 @@ class Fit:
             yield
         finally:
             self._phases[phase] = time.perf_counter() - start
+
+
+def trained_model(estimator: HorovodEstimator) -> HorovodModel | None:
+    """Return the model of a run that was trained to its end, as ``fit`` would have: its driver may have died then.
+
+    Parameters
+    ----------
+    estimator
+        With the ``store`` and the ``run_id`` of that run.
+
+    Returns
+    -------
+    HorovodModel or None
+        ``None`` where there is no such run, or it has not come to its end. What the ranks measured (phases, rows per
+        second) is not known of it.
+    """
+    estimator = estimator._converted()
+    store, run_id = estimator._required("store"), estimator._required("run_id")
+    names = [name for name in store.list(run_folder(run_id)) if name.startswith(f"{MODEL}.")]
+    if not names:
+        return None
+    path = f"{run_folder(run_id)}/{names[0]}"
+    data = store.read_bytes(path)
+    inputs, outputs = estimator._describe_trained(data)
+    result = TrainResult(_history(store, run_id), path, {}, 0.0, 0.0, tuple(inputs or ()), tuple(outputs or ()))
+    model = estimator._make_model(data, result)
+    model._resetUid(estimator.uid)
+    estimator._copyValues(model)
+    return model
+
+
+def _history(store: Store, run_id: str) -> dict[str, list[float]]:
+    """Read what the ranks left of each epoch."""
+    history: dict[str, list[float]] = {}
+    for epoch in epochs_of(store, run_id):
+        for name, value in numbers(epoch["metrics"]).items():
+            history.setdefault(name, []).append(value)
+    return history
 
 
 def new_run_id(kind: str) -> str:

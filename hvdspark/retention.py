@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from hvdspark.aliases import list_aliases, path_in_store
 from hvdspark.errors import ParamError, RunInProgressError
 from hvdspark.lease import FOLDER as LEASES
-from hvdspark.lease import remove_dead
+from hvdspark.lease import is_held, remove_dead
 from hvdspark.registry import list_runs
 from hvdspark.runs import (
     RECORD,
@@ -23,7 +23,6 @@ from hvdspark.runs import (
     RUNS,
     RunRecord,
     in_progress,
-    is_in_progress,
     is_removed,
     record_place,
     run_folder,
@@ -168,7 +167,8 @@ def _wanted(store: Store) -> Mapping[str, str]:
 
 def _judged(store: Store, run_id: str, record: RunRecord | None, wanted: str, doomed: str) -> Verdict | None:
     """Say what is to become of a run; ``None`` where there is none of that name."""
-    held = is_in_progress(store, run_id)
+    # Of a driver that trains, or of a job that is at what comes after it.
+    held = is_held(store, run_folder(run_id))
     if record is None:
         leftover = _leftover(store, run_id)
         if held or leftover is None:

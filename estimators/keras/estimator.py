@@ -361,6 +361,9 @@ class KerasEstimator(HorovodEstimator, Persistable):
         own = codec.model_to_bytes(self._required_model())
         self._started = starting.start_from(own, start.data, self._all_custom_objects(), start.model)
 
+    def _describe_trained(self, data: bytes) -> tuple[Tensors, Tensors]:
+        return codec.describe(codec.model_from_bytes(data, self._all_custom_objects(), compiled=False))
+
     def _make_model(self, data: bytes, result: TrainResult) -> KerasModel:
         origin = self._required("store").url_of(result.model_path)
         codec.require_whole(data, origin)

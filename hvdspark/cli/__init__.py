@@ -15,6 +15,8 @@ _COMMANDS = {
     "report": "hvdspark.cli.report:report",
     "runs": "hvdspark.cli.runs:runs",
     "tensorboard": "hvdspark.cli.tensorboard:tensorboard",
+    "score": "hvdspark.cli.score:score",
+    "train": "hvdspark.cli.train:train",
 }
 
 

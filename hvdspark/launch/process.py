@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import inspect
 import json
 import os
 import select
@@ -18,6 +19,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO
 
 from hvdspark.launch import guard
@@ -170,9 +172,10 @@ class ColdProcess(TrainingProcess):
 
     def _start(self, stdin: int, output: int, answers: int) -> None:
         worker = [sys.executable, "-m", "hvdspark.worker", str(answers), *self._recipe.modules]
+        program = _guards_program()
         with self._guards_end as guards_end:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", guard.__file__, str(guards_end.fileno()), *worker],
+                [sys.executable, "-I", "-S", *program, str(guards_end.fileno()), *worker],
                 stdin=stdin,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -188,3 +191,11 @@ class ColdProcess(TrainingProcess):
     def _let_go(self) -> None:
         super()._let_go()
         self._process.wait()
+
+
+def _guards_program() -> list[str]:
+    """Return the arguments by which an interpreter runs the guard as a script."""
+    if Path(guard.__file__).is_file():
+        return [guard.__file__]
+    # What came with --py-files is imported from the zip, where no script is.
+    return ["-c", inspect.getsource(guard)]

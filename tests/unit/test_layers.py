@@ -52,6 +52,9 @@ LAYERS = {
     "hvdspark.airflow": 8,
     "hvdspark.cli": 8,
     "hvdspark.__main__": 9,
+    "hvdspark.estimators.job": 8,
+    "hvdspark.cli": 9,
+    "hvdspark.__main__": 10,
 }
 
 # What a part of the house must not import. The engine knows no framework and no Spark ML; a training process starts

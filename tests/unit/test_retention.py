@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from hvdspark import Store, gc_runs, list_runs, retention, runs
 from hvdspark.aliases import AliasEntry, promote
 from hvdspark.errors import AliasError, ParamError, RunInProgressError, StoreError
+from hvdspark.lease import held
 from hvdspark.recording import recorded
 from hvdspark.retention import discard, doomed_runs
 from hvdspark.runs import RunRecord, State, in_progress, is_removed, read_record
@@ -118,6 +119,9 @@ def test_a_run_in_progress_stays_and_one_that_was_interrupted_goes_by_the_rules(
         assert found["busy"] == (False, "in progress")
         assert found["left"][0] is True
     assert store.list("runs") == ["busy"]
+    put(store, "compared")
+    with held(store, "runs/compared", "job"):
+        assert reasons(store, keep_last=0)["compared"] == (False, "in progress")
 
 
 def test_a_run_that_begins_while_gc_looks_stays(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

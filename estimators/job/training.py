@@ -1,0 +1,317 @@
+"""A training job, step by step; each step is noted in the run, so that another driver goes on after the last one.
+
+::
+
+    stages fitted -> trained -> pipeline saved -> evaluated beside the champion -> promoted or not
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from hvdspark.estimators.fitting import new_run_id, trained_model
+from hvdspark.estimators.job.building import Building
+from hvdspark.estimators.job.config import RUN_ID, JobConfig
+from hvdspark.estimators.job.document import Document
+from hvdspark.estimators.job.evaluation import Yardstick, keras_stage
+from hvdspark.estimators.job.gate import Gate
+from hvdspark.estimators.job.places import spark_address
+from hvdspark.estimators.job.result import RESULT, JobResult, Notes, read_result
+from hvdspark.estimators.job.rows import read_rows, require_rows, split_rows
+from hvdspark.estimators.keras.estimator import KerasEstimator
+from hvdspark.estimators.keras.model import KerasModel
+from pyspark.ml import Pipeline, PipelineModel
+from pyspark.sql import DataFrame, SparkSession
+
+from hvdspark.aliases import AliasEntry, promote, read_alias
+from hvdspark.errors import AliasConflictError, RunInProgressError
+from hvdspark.lease import held, is_held
+from hvdspark.runs import run_folder
+from hvdspark.store import Store
+
+logger = logging.getLogger(__name__)
+
+CANDIDATE = "candidate"
+
+_LEASE = "job"
+
+# How often a model is compared anew when, while it was compared, another one was promoted.
+_COMPARISONS = 3
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a job, lazily."""
+
+    train: DataFrame
+    held_out: DataFrame | None
+
+
+class TrainJob:
+    """What a configuration describes.
+
+    Parameters
+    ----------
+    config, document
+        The configuration, and the file it is from.
+    store
+        The opened Store.
+
+    Attributes
+    ----------
+    run_id : str
+        The run: the configuration's, or a new one.
+    has_begun : bool
+        Whether the run has left anything in the Store by this job's doing.
+    """
+
+    def __init__(self, config: JobConfig, document: Document, store: Store) -> None:
+        self._config = config
+        self._document = document
+        self._store = store
+        self.has_begun = False
+        self._started = time.time()
+        self.run_id = config.run_id or new_run_id("job")
+        self._folder = run_folder(self.run_id)
+        self._gate = None if config.promote_if is None else Gate.parse(config.promote_if)
+
+    @property
+    def store(self) -> Store:
+        """The Store of the run."""
+        return self._store
+
+    def finished(self) -> JobResult | None:
+        """Return the result of the run where it is finished already; nothing is trained then."""
+        found = read_result(self._store, self.run_id)
+        if found is None or found.state != "finished":
+            return None
+        logger.info("%s is finished already; this is its result", self.run_id)
+        return found
+
+    def run(self, session: SparkSession, building: Building) -> JobResult:
+        """Do what is still to be done.
+
+        Raises
+        ------
+        RunInProgressError
+            When another driver is at it.
+        HvdSparkError
+            What went wrong otherwise.
+        """
+        with self._alone():
+            # Another driver may have come to its end since one last looked.
+            return self.finished() or self._run(session, building)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the run, or raise where another driver does."""
+        self._refuse_company()
+        try:
+            with held(self._store, self._folder, _LEASE) as own:
+                # Of two that begin at once at least one sees the other here.
+                self._refuse_company(own)
+                yield
+        finally:
+            self._store.delete_if_empty(self._folder)
+
+    def _refuse_company(self, own: str = "") -> None:
+        if is_held(self._store, self._folder, but=own):
+            raise RunInProgressError(
+                f"another driver is at the run '{self.run_id}' in {self._store}; wait until it has ended, or give"
+                " another run id",
+                run_id=self.run_id,
+            )
+
+    def _run(self, session: SparkSession, building: Building) -> JobResult:
+        # What an earlier driver came to is history; one that is killed now leaves no word.
+        self._store.delete(self._folder, RESULT)
+        notes = self._begin()
+        self.has_begun = True
+        if notes.model is None:
+            notes = self._train(session, building, notes)
+        assert notes.model is not None
+        for comparison in range(_COMPARISONS):
+            if notes.metrics is None:
+                notes = self._compare(session, building, notes)
+            try:
+                self._promote(notes)
+                break
+            except AliasConflictError as exc:
+                if comparison + 1 == _COMPARISONS:
+                    raise
+                logger.warning("%s: %s", self.run_id, exc)
+                notes = notes.with_(self._store, self.run_id, metrics=None, promote=None)
+        return self._result(notes)
+
+    def _begin(self) -> Notes:
+        """Return the notes of the run, or begin them; what the run began with stays, also the weights."""
+        config = _digests(self._config)
+        notes = Notes.read(self._store, self.run_id)
+        if notes is not None:
+            changed = sorted(name for name in {*config, *notes.config} if config.get(name) != notes.config.get(name))
+            if changed:
+                logger.warning(
+                    "%s goes on, with another configuration than it began with (%s)", self.run_id, ", ".join(changed)
+                )
+            return notes
+        return Notes(config, self._warm_start()).with_(self._store, self.run_id)
+
+    def _warm_start(self) -> str | None:
+        name = self._config.warm_start
+        if name is None or "/" in name:
+            return name
+        # The model, not the name: who goes on later must not begin with another one's weights.
+        entry = read_alias(self._store, name)
+        if entry is None:
+            logger.warning("there is no '%s' in %s yet; the training begins with new weights", name, self._store)
+            return None
+        return entry.model
+
+    # Training
+
+    def _train(self, session: SparkSession, building: Building, notes: Notes) -> Notes:
+        estimator = None
+        if not building.needs_preparation:
+            # What is wrong with it is found before the stages are fitted.
+            estimator = building.estimator(self._store, self.run_id, notes.warm_start)
+        rows = self._rows(session)
+        if not notes.prepared:
+            require_rows(rows.train, "rows to train on")
+            if rows.held_out is not None:
+                require_rows(rows.held_out, "held-out rows to evaluate the model on")
+        prepared, notes = self._prepare(session, building, rows, notes)
+        if estimator is None:
+            estimator = building.estimator(self._store, self.run_id, notes.warm_start, prepared)
+        self._check_gate(building, estimator, prepared, rows)
+        model = trained_model(estimator)
+        if model is None:
+            model = estimator.fit(prepared.transform(rows.train))
+        else:
+            logger.info("%s is trained already", self.run_id)
+        assert isinstance(model, KerasModel)
+        address = self._output(session)
+        PipelineModel(stages=[*prepared.stages, model]).write().overwrite().save(address)
+        last = {name: values[-1] for name, values in model.getHistory().items() if values}
+        return notes.with_(self._store, self.run_id, model=address, training=last)
+
+    def _prepare(
+        self, session: SparkSession, building: Building, rows: _Rows, notes: Notes
+    ) -> tuple[PipelineModel, Notes]:
+        """Fit the stages, or load those that an earlier driver fitted: the ranks go on with the very same numbers."""
+        stages = building.stages()
+        if not stages:
+            return PipelineModel(stages=[]), notes.with_(self._store, self.run_id, prepared=True)
+        address = spark_address(session, self._store, self._folder, "preparation")
+        if notes.prepared:
+            return PipelineModel.load(address), notes
+        prepared = Pipeline(stages=stages).fit(rows.train)
+        prepared.write().overwrite().save(address)
+        return prepared, notes.with_(self._store, self.run_id, prepared=True)
+
+    def _rows(self, session: SparkSession) -> _Rows:
+        config = self._config
+        rows = read_rows(session, config.input)
+        if config.evaluation is None:
+            return _Rows(rows, None)
+        return _Rows(*split_rows(session, rows, config.evaluation, config.input.window))
+
+    def _output(self, session: SparkSession) -> str:
+        if self._config.output is None:
+            return spark_address(session, self._store, self._folder, "pipeline")
+        return self._config.output.replace(RUN_ID, self.run_id)
+
+    # Evaluation and promotion
+
+    def _check_gate(self, building: Building, estimator: KerasEstimator, prepared: PipelineModel, rows: _Rows) -> None:
+        """Find out before the training what the gate would stumble over after it."""
+        _, outputs = estimator._describe()
+        if self._gate is None or not self._gate.conditions or outputs is None:
+            return
+        schema = prepared.transform(rows.train).schema
+        yardstick = self._yardstick(building, outputs)
+        self._gate.check(yardstick.names(schema, estimator._required("label_cols")))
+
+    def _yardstick(self, building: Building, outputs: Any) -> Yardstick:
+        params = self._config.estimator.params
+        return Yardstick(
+            building.yardstick,
+            tuple(outputs),
+            building.custom_objects,
+            params.get("sample_weight_col"),
+            params.get("label_shapes"),
+        )
+
+    def _compare(self, session: SparkSession, building: Building, notes: Notes) -> Notes:
+        """Evaluate the model, and beside it the champion on the same rows, and have the gate decide."""
+        metrics: Mapping[str, float] = {}
+        champion, others = self._champion(), None
+        held_out = self._rows(session).held_out
+        if held_out is not None:
+            # Two models read the rows, and from then on there is no doubt that they are the same.
+            held_out = held_out.persist()
+            try:
+                assert notes.model is not None
+                model = PipelineModel.load(notes.model)
+                yardstick = self._yardstick(building, keras_stage(model)._outputs)
+                metrics = yardstick.measure(model, held_out)
+                if champion is not None:
+                    others = yardstick.measure(PipelineModel.load(champion.model), held_out)
+            finally:
+                held_out.unpersist()
+        verdict = None if self._gate is None else self._gate.decide(metrics, others)
+        if verdict is not None:
+            logger.info("%s: %s: %s", self.run_id, "promoted" if verdict.passed else "not promoted", verdict.reason)
+        return notes.with_(
+            self._store,
+            self.run_id,
+            metrics=metrics,
+            champion=None if champion is None else {"run_id": champion.run_id, "metrics": others or {}},
+            promote=None if verdict is None else verdict.passed,
+            reason=None if verdict is None else verdict.reason,
+        )
+
+    def _champion(self) -> AliasEntry | None:
+        """Return what the alias refers to, unless that is this run."""
+        if self._gate is None:
+            return None
+        entry = read_alias(self._store, self._config.alias)
+        return None if entry is not None and entry.run_id == self.run_id else entry
+
+    def _promote(self, notes: Notes) -> None:
+        """Let the aliases refer to the model; raises ``AliasConflictError`` where the champion is another by now."""
+        if self._gate is None:
+            return
+        assert notes.model is not None
+        entry = AliasEntry(self.run_id, notes.model, notes.metrics or {})
+        promote(self._store, CANDIDATE, entry)
+        if notes.promote:
+            promote(self._store, self._config.alias, entry, "" if notes.champion is None else notes.champion["run_id"])
+
+    def _result(self, notes: Notes) -> JobResult:
+        return JobResult(
+            run_id=self.run_id,
+            state="finished",
+            exit_code=0,
+            model=notes.model,
+            metrics=notes.metrics or {},
+            training=notes.training,
+            champion=notes.champion,
+            promoted=notes.promote,
+            cause=notes.reason if notes.promote is False else None,
+            seconds=round(time.time() - self._started, 3),
+        )
+
+
+def _digests(config: JobConfig) -> dict[str, str]:
+    """Tell the sections of a configuration from others, without what is in them: options may hold secrets."""
+    sections = config.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude={"run_id"})
+    return {
+        name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest() for name, value in sections.items()
+    }

@@ -1,0 +1,112 @@
+"""Exit codes, in the manner of BSD's ``sysexits.h``, so that a scheduler can tell what to do next."""
+
+from __future__ import annotations
+
+import re
+from enum import IntEnum
+
+from py4j.protocol import Py4JError, Py4JJavaError
+from pyspark.errors import AnalysisException, IllegalArgumentException, PySparkException
+
+from hvdspark import errors
+from hvdspark.errors import (
+    AliasConflictError,
+    ConfigError,
+    DataError,
+    LaunchError,
+    RunInProgressError,
+    StageLostError,
+    StoreError,
+    WorkerFailedError,
+)
+
+
+class Exit(IntEnum):
+    """What a command of hvdspark ends with.
+
+    Attributes
+    ----------
+    DONE
+        It did what it was asked for, also where a gate kept the model from being promoted.
+    USAGE
+        The command line is wrong.
+    DATA
+        The rows cannot be trained on or scored, or are not there.
+    FAILED
+        It failed for good: the user's code or the training itself raised an error. The same again will fail again.
+    TRY_AGAIN
+        Hosts were lost, slots are missing, the Store is out of reach, or another driver is at the run: the same
+        command may succeed later.
+    CONFIG
+        The configuration cannot work.
+    INTERRUPTED
+        By a signal, or because Spark's jobs were cancelled.
+    """
+
+    DONE = 0
+    USAGE = 64
+    DATA = 65
+    FAILED = 70
+    TRY_AGAIN = 75
+    CONFIG = 78
+    INTERRUPTED = 130
+
+
+# The first that fits decides.
+_BY_CLASS: tuple[tuple[type[BaseException], Exit], ...] = (
+    (KeyboardInterrupt, Exit.INTERRUPTED),
+    (ConfigError, Exit.CONFIG),
+    (DataError, Exit.DATA),
+    (LaunchError, Exit.TRY_AGAIN),
+    (RunInProgressError, Exit.TRY_AGAIN),
+    (StoreError, Exit.TRY_AGAIN),
+    (AliasConflictError, Exit.TRY_AGAIN),
+    # Of Spark's own: stages, tables and columns that do not go together.
+    (AnalysisException, Exit.CONFIG),
+    (IllegalArgumentException, Exit.CONFIG),
+)
+
+# What Spark says when it was not the program's fault.
+_LOST = ("ExecutorLostFailure", "SparkContext was shut down", "stopped SparkContext", "Lost task", "FetchFailed")
+_CANCELLED = ("cancelled", "canceled")
+
+
+def exit_code(exc: BaseException) -> Exit:
+    """Return the exit code for an error.
+
+    Parameters
+    ----------
+    exc
+        What ended the command.
+
+    Returns
+    -------
+    Exit
+        :attr:`Exit.FAILED` for what is not known to pass by itself.
+    """
+    if isinstance(exc, StageLostError):
+        # Spark's own way of stopping a program is to cancel its jobs.
+        return Exit.TRY_AGAIN if exc.is_passing else Exit.INTERRUPTED
+    if isinstance(exc, WorkerFailedError):
+        return Exit.TRY_AGAIN if exc.is_passing else Exit.FAILED
+    for cls, code in _BY_CLASS:
+        if isinstance(exc, cls):
+            return code
+    return _of_spark(exc)
+
+
+def _of_spark(exc: BaseException) -> Exit:
+    """Tell by its words whether Spark lost something; errors of user functions are the program's own."""
+    text = str(exc)
+    # What hvdspark raised within a task comes back as the last line of a Python traceback.
+    raised = re.findall(r"^hvdspark\.errors\.(\w+):", text, re.MULTILINE)
+    if raised and issubclass(getattr(errors, raised[-1], Exception), ConfigError | DataError):
+        return exit_code(getattr(errors, raised[-1])(""))
+    if isinstance(exc, Py4JJavaError | PySparkException):
+        if any(word in text for word in _CANCELLED) and "Job" in text:
+            return Exit.INTERRUPTED
+        is_own = "PythonException" in text or "Traceback" in text
+        return Exit.TRY_AGAIN if any(word in text for word in _LOST) and not is_own else Exit.FAILED
+    # Without an answer from the JVM: it is gone.
+    is_gone = isinstance(exc, Py4JError | ConnectionError)
+    return Exit.TRY_AGAIN if is_gone else Exit.FAILED

@@ -1,0 +1,115 @@
+"""``hvdspark train``: a training job from a configuration file."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hvdspark.cli.jobs import JobCommand, cause_of, report, spark_session, start_logging, terminable
+
+if TYPE_CHECKING:
+    from hvdspark.estimators.job.result import JobResult
+    from hvdspark.estimators.job.training import TrainJob
+
+logger = logging.getLogger(__name__)
+
+
+@click.command(cls=JobCommand)
+@click.option("--config", "path", required=True, metavar="FILE", help="The job, as YAML.")
+@click.option(
+    "--set", "assignments", multiple=True, metavar="KEY=VALUE",
+    help="Replace a value of the file: input.path=/data, estimator.epochs=3, or batch_size=512 for short.",
+)  # fmt: skip
+@click.option("--store", envvar="HVDSPARK_STORE", metavar="URL", help="The Store.  [env: HVDSPARK_STORE]")
+@click.option("--run-id", metavar="ID", help="Name of the run. The same again goes on, or gives the finished result.")
+@click.option("--since", metavar="BOUND", help="Take rows from here on, by the column of input.window.")
+@click.option("--until", metavar="BOUND", help="Take rows before this.")
+@click.option("--warm-start", metavar="ALIAS|PATH", help="Begin with the weights of a model, such as champion.")
+@click.option("--check", is_flag=True, help="Check the configuration and end.")
+@click.pass_context
+def train(context: click.Context, /, check: bool, **options: Any) -> None:
+    """Train, evaluate and promote a model as a configuration file describes.
+
+    The last line of standard output is one JSON object, which is also left as result.json in the run. Exit codes: 0
+    done (also where the model was not promoted), 64 usage, 65 bad data, 70 failed for good, 75 try again, 78 bad
+    configuration, 130 interrupted.
+    """
+    start_logging()
+    result = _Command(**options).run(check_only=check)
+    click.echo(result.to_json())
+    context.exit(result.exit_code)
+
+
+class _Command:
+    """One call of the command."""
+
+    def __init__(self, path: str, assignments: tuple[str, ...], **options: str | None) -> None:
+        self._path, self._assignments, self._options = path, assignments, options
+        self._job: TrainJob | None = None
+        self._started = time.time()
+
+    def run(self, *, check_only: bool) -> JobResult:
+        """Do the job; whatever ends it becomes a result."""
+        try:
+            with terminable():
+                return self._run(check_only=check_only)
+        except (Exception, KeyboardInterrupt) as exc:  # noqa: BLE001 - whatever it is, it has an exit code
+            report(exc)
+            return self._failed(exc)
+
+    def _run(self, *, check_only: bool) -> JobResult:
+        from hvdspark.estimators.job.building import Building
+        from hvdspark.estimators.job.config import load_config
+        from hvdspark.estimators.job.entry import files_in, look_in
+        from hvdspark.estimators.job.places import open_store
+        from hvdspark.estimators.job.result import JobResult
+        from hvdspark.estimators.job.training import TrainJob
+
+        replaced: dict[tuple[str | int, ...], str | None] = {
+            ("store",): self._options["store"],
+            ("run_id",): self._options["run_id"],
+            ("warm_start",): self._options["warm_start"],
+            ("input", "window", "since"): self._options["since"],
+            ("input", "window", "until"): self._options["until"],
+        }
+        config, document = load_config(self._path, self._assignments, replaced)
+        folder = Path(self._path).resolve().parent
+        look_in(folder)
+        self._job = TrainJob(config, document, open_store(config.store))
+        found = None if check_only else self._job.finished()
+        if found is not None:
+            return found
+        building = Building(config, document)
+        if check_only:
+            building.stages()
+            return JobResult(config.run_id, "checked", 0)
+        py_files = files_in(folder, *config.addresses)
+        with spark_session(f"hvdspark {self._job.run_id}", config.spark, py_files) as session:
+            result = self._job.run(session, building)
+        result.publish(self._job.store)
+        return result
+
+    def _failed(self, exc: BaseException) -> JobResult:
+        # Late: errors of the command line need no Spark.
+        from hvdspark.cli.exits import Exit, exit_code
+        from hvdspark.errors import RunInProgressError
+        from hvdspark.estimators.job.result import JobResult
+
+        code = exit_code(exc)
+        is_other = isinstance(exc, RunInProgressError)
+        result = JobResult(
+            run_id=self._options["run_id"] if self._job is None else self._job.run_id,
+            state="running" if is_other else "interrupted" if code == Exit.INTERRUPTED else "failed",
+            exit_code=code,
+            cause=cause_of(exc),
+            error=type(exc).__name__,
+            seconds=round(time.time() - self._started, 3),
+        )
+        # The run of another driver is its own to describe; one that never began leaves nothing, unless it was named.
+        if self._job is not None and not is_other and (self._options["run_id"] or self._job.has_begun):
+            result.publish(self._job.store)
+        return result

@@ -1,0 +1,121 @@
+"""Exit codes: what a scheduler is told about each kind of error."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from hvdspark.estimators.job.result import JobResult, read_result
+from py4j.protocol import Py4JNetworkError
+from pyspark.errors import PythonException
+
+from hvdspark import Store, cli, errors
+from hvdspark.cli.exits import Exit, exit_code
+from hvdspark.cli.jobs import cause_of, terminable
+
+TASK = """
+  An exception was thrown from the Python worker. Please see the stack trace below.
+Traceback (most recent call last):
+  File "arrays.py", line 7, in to_block
+    raise has_nulls(spec.name)
+"""
+
+
+def failed(*, is_passing: bool) -> errors.WorkerFailedError:
+    return errors.WorkerFailedError("x", failures={0: "x"}, root_cause=0, log_tail="", is_passing=is_passing)
+
+
+@pytest.mark.parametrize(
+    ("exc", "code"),
+    [
+        (errors.ParamError("x", param="epochs"), Exit.CONFIG),
+        (errors.SchemaError("x", column="a", expected="b", found="c"), Exit.CONFIG),
+        (errors.EmptyDatasetError("x"), Exit.DATA),
+        (errors.CorruptDatasetError("x"), Exit.DATA),
+        (errors.NotEnoughSlotsError("x", needed=2, available=1), Exit.TRY_AGAIN),
+        (errors.LaunchTimeoutError("x"), Exit.TRY_AGAIN),
+        (errors.RendezvousError("x"), Exit.TRY_AGAIN),
+        (errors.StageLostError("x", is_passing=True), Exit.TRY_AGAIN),
+        (errors.StageLostError("x", is_passing=False), Exit.INTERRUPTED),
+        (failed(is_passing=True), Exit.TRY_AGAIN),
+        (failed(is_passing=False), Exit.FAILED),
+        (errors.RunInProgressError("x", run_id="a"), Exit.TRY_AGAIN),
+        (errors.StoreError("x", url="/x"), Exit.TRY_AGAIN),
+        (errors.AliasConflictError("x", alias="a", expected="b", found="c"), Exit.TRY_AGAIN),
+        (errors.ModelFormatError("x"), Exit.FAILED),
+        (KeyboardInterrupt("SIGTERM"), Exit.INTERRUPTED),
+        (ValueError("the user's own"), Exit.FAILED),
+        (Py4JNetworkError("Answer from Java side is empty"), Exit.TRY_AGAIN),
+        (PythonException(TASK + "ValueError: the user's own"), Exit.FAILED),
+        (PythonException(TASK + "hvdspark.errors.NullValueError: column 'x' has 7 nulls"), Exit.DATA),
+    ],
+)
+def test_each_error_has_its_code(exc: BaseException, code: Exit) -> None:
+    assert exit_code(exc) == code
+
+
+def test_the_cause_is_the_line_that_says_what_was_raised() -> None:
+    assert cause_of(PythonException(TASK + "ValueError: the user's own")) == "ValueError: the user's own"
+    assert cause_of(ValueError("one\ntwo")) == "ValueError: one"
+    assert cause_of(errors.DataError("one\ntwo")) == "one"
+    assert cause_of(KeyboardInterrupt("SIGTERM")) == "interrupted by SIGTERM"
+
+
+def test_a_termination_ends_the_block_as_an_interrupt() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt, match="SIGTERM"), terminable():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "Missing option '--config'"),
+        (["train", "--config", "x", "--epochs", "3"], "No such option"),
+        (["score", "--model", "/m", "--output", "/o", "--mode", "x"], "is not one of"),
+    ],
+)
+def test_a_wrong_command_line_is_usage(arguments: list[str], message: str) -> None:
+    done = CliRunner().invoke(cli.main, arguments)
+    assert done.exit_code == Exit.USAGE
+    assert message in done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["exit_code"], result["state"]) == (64, "failed")
+    assert message in result["cause"]
+
+
+def test_a_wrong_configuration_is_told_and_left_where_the_run_is_looked_for(tmp_path: Path) -> None:
+    path, store = tmp_path / "job.yaml", Store.create(tmp_path / "store")
+    path.write_text(f"store: {store.url}\ninput: {{path: /x}}\nestimator: {{model: nowhere:network}}\n")
+    done = CliRunner().invoke(cli.main, ["train", "--config", str(path), "--run-id", "nightly"])
+    assert done.exit_code == Exit.CONFIG
+    result = json.loads(done.stdout)
+    assert "there is no module 'nowhere'" in result["cause"]
+    assert (result["run_id"], result["state"], result["error"]) == ("nightly", "failed", "ParamError")
+    assert store.read_json("runs", "nightly", "result.json") == result
+    assert read_result(store, "nightly") == JobResult(**result)
+
+    unnamed = CliRunner().invoke(cli.main, ["train", "--config", str(path)])
+    assert unnamed.exit_code == Exit.CONFIG
+    assert store.list("runs") == ["nightly"]
+
+
+def test_checking_a_configuration_starts_no_spark(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(f"store: {tmp_path}/store\ninput: {{path: /x}}\nestimator: {{model: /m.keras, loss: mse}}\n")
+    done = CliRunner().invoke(cli.main, ["train", "--config", str(path), "--check"])
+    assert (done.exit_code, json.loads(done.stdout)["state"]) == (0, "checked")
+
+
+def test_a_finished_run_gives_its_result_again(tmp_path: Path) -> None:
+    path, store = tmp_path / "job.yaml", Store.create(tmp_path / "store")
+    path.write_text(f"store: {store.url}\ninput: {{path: /x}}\nestimator: {{model: nowhere:network}}\n")
+    JobResult("nightly", "finished", 0, model="/m", metrics={"val_loss": float("nan")}, promoted=False).publish(store)
+    done = CliRunner().invoke(cli.main, ["train", "--config", str(path), "--run-id", "nightly"])
+    assert done.exit_code == 0
+    result = json.loads(done.stdout)
+    assert (result["model"], result["promoted"], result["metrics"]) == ("/m", False, {"val_loss": None})
