@@ -48,6 +48,5 @@ def telling() -> Iterator[None]:
         # Late: it knows Spark's errors too, and most commands end well.
         from hvdspark.cli.exits import exit_code
 
-        told = click.ClickException(f"{exc}\nSee {exc.help}")
-        told.exit_code = exit_code(exc)
-        raise told from exc
+        click.echo(f"Error: {exc}\nSee {exc.help}.", err=True)
+        raise SystemExit(int(exit_code(exc))) from exc

@@ -33,8 +33,9 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("package") / "hvdspark.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for folder, name in ((ROOT / "hvdspark", "hvdspark"), (ROOT / "estimators", "hvdspark/estimators")):
-            for file in (*folder.rglob("*.py"), *folder.rglob("*.md")):
-                archive.write(file, f"{name}/{file.relative_to(folder)}")
+            for file in folder.rglob("*.*"):
+                if file.parent.name != "__pycache__":
+                    archive.write(file, f"{name}/{file.relative_to(folder)}")
     return path
 
 

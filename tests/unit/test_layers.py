@@ -50,8 +50,6 @@ LAYERS = {
     "hvdspark.estimators.persistence": 6,
     "hvdspark.estimators.keras": 7,
     "hvdspark.airflow": 8,
-    "hvdspark.cli": 8,
-    "hvdspark.__main__": 9,
     "hvdspark.estimators.job": 8,
     "hvdspark.cli": 9,
     "hvdspark.__main__": 10,
