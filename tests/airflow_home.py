@@ -8,13 +8,16 @@ import os
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 from standalone import SPARK_HOME, wait_for
+
+# Airflow takes ten seconds to begin with a DAG, and minutes on a machine that is busy otherwise.
+_PATIENCE_S = 500
 
 
 @dataclass(frozen=True)
@@ -57,48 +60,45 @@ class Airflow:
     master: str
     variables: Mapping[str, str] = field(default_factory=dict)
 
-    def start(self, dag_id: str, date: str, conf: Mapping[str, Any] | None = None) -> subprocess.Popen[str]:
-        """Begin a DAG run with ``airflow dags test``: a process runs its tasks one after the other."""
+    @contextlib.contextmanager
+    def running(
+        self, dag_id: str, date: str, conf: Mapping[str, Any] | None = None
+    ) -> Iterator[subprocess.Popen[bytes]]:
+        """Run a DAG with ``airflow dags test`` beside a block: one process runs its tasks one after the other."""
         options = [] if conf is None else ["--conf", json.dumps(conf)]
-        with self._log(dag_id, date).open("w") as log:
-            return subprocess.Popen(
-                [
-                    "setpriv",
-                    "--pdeathsig",
-                    "KILL",
-                    str(self.python),
-                    "-m",
-                    "airflow",
-                    "dags",
-                    "test",
-                    dag_id,
-                    date,
-                    *options,
-                ],
+        with (
+            self._log(dag_id, date).open("w") as log,
+            subprocess.Popen(
+                [str(self.python), "-m", "airflow", "dags", "test", dag_id, date, *options],
                 env=self._environment(),
                 cwd=self.home,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                text=True,
-            )
+            ) as process,
+        ):
+            try:
+                yield process
+            finally:
+                process.kill()
 
-    def wait_for(self, condition: Callable[[], bool], what: str, process: subprocess.Popen[str]) -> None:
+    def wait_for(self, condition: Callable[[], bool], what: str, process: subprocess.Popen[bytes]) -> None:
         """Wait until a condition holds while a DAG runs."""
 
         def found() -> bool:
             assert process.poll() is None, f"{what}: the DAG run ended first"
             return condition()
 
-        wait_for(found, what)
+        wait_for(found, what, _PATIENCE_S)
 
     def run(self, dag_id: str, date: str, conf: Mapping[str, Any] | None = None) -> Ended:
         """Run a DAG; ``conf`` is what whoever triggers it gives along."""
-        return self.ended(self.start(dag_id, date, conf), dag_id, date)
+        with self.running(dag_id, date, conf) as process:
+            return self.ended(process, dag_id, date)
 
-    def ended(self, process: subprocess.Popen[str], dag_id: str, date: str) -> Ended:
+    def ended(self, process: subprocess.Popen[bytes], dag_id: str, date: str) -> Ended:
         """Wait for a DAG run, and read from the database how it ended."""
-        process.wait(250)
+        process.wait(_PATIENCE_S)
         log = self._log(dag_id, date).read_text()
         with sqlite3.connect(self.home / "airflow.db") as database:
             row = database.execute(

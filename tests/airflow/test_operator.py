@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +15,8 @@ from standalone import Cluster, wait_for
 from hvdspark import Store
 
 HERE = Path(__file__).resolve().parent
+
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture
@@ -63,13 +63,13 @@ def test_a_task_that_is_ended_takes_its_spark_job_along(
     outcomes: Callable[[str], Airflow], cluster: Cluster, tmp_path: Path
 ) -> None:
     airflow = outcomes(cluster.url)
-    process = airflow.start("hanging", "2026-11-27")
     pid = tmp_path / "pid"
-    airflow.wait_for(lambda: pid.exists() and pid.read_text() != "", "the job", process)
-    driver = psutil.Process(int(pid.read_text()))
-    assert len(cluster.applications()) == 1
-    os.kill(process.pid, signal.SIGTERM)  # as Airflow tells a task to end
-    ended = airflow.ended(process, "hanging", "2026-11-27")
+    with airflow.running("hanging", "2026-11-27") as process:
+        airflow.wait_for(lambda: pid.exists() and pid.read_text() != "", "the job", process)
+        driver = psutil.Process(int(pid.read_text()))
+        assert len(cluster.applications()) == 1
+        process.terminate()  # as Airflow tells a task to end
+        ended = airflow.ended(process, "hanging", "2026-11-27")
     assert ended.tasks["train"].state == "failed"
     assert not driver.is_running()
     # It had the time to say what becomes of its run.
