@@ -18,6 +18,8 @@ from hvdspark.lease import FOLDER as LEASES
 from hvdspark.lease import is_held, remove_dead
 from hvdspark.registry import list_runs
 from hvdspark.runs import (
+    PIPELINE,
+    PREPARATION,
     RECORD,
     REMOVED,
     RUNS,
@@ -198,10 +200,11 @@ def _leftover(store: Store, run_id: str) -> tuple[str, str] | None:
 
 
 def _saved_inside(store: Store, record: RunRecord) -> str:
-    """Say that somebody saved a Spark ML model in the run's folder, where that is none of its own artefacts."""
-    folder, own = run_folder(record.run_id), set(record.artefacts.values())
+    """Say that somebody saved a Spark ML model in the run's folder, beside what is the run's own."""
+    folder = run_folder(record.run_id)
+    own = {PREPARATION, PIPELINE, *(path.removeprefix(f"{folder}/") for path in record.artefacts.values())}
     for name in store.list(folder):
-        if f"{folder}/{name}" not in own and any(part.startswith("part-") for part in _metadata(store, folder, name)):
+        if name not in own and any(part.startswith("part-") for part in _metadata(store, folder, name)):
             return f"a model was saved in it ({name})"
     return ""
 

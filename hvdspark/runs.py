@@ -21,6 +21,8 @@ from hvdspark.store import Store
 
 RUNS = "runs"
 RECORD, LAUNCH, HISTORY = "run.json", "launch.json", "history.json"
+# What a job keeps in its run's folder: the fitted stages before the training, and all stages with the model.
+PREPARATION, PIPELINE = "preparation", "pipeline"
 
 # Says in the place of a record that the run is no longer one, and that what is left of it has to go.
 REMOVED = b'{"removed": true}'

@@ -33,7 +33,7 @@ from pyspark.sql import DataFrame, SparkSession
 from hvdspark.aliases import AliasEntry, promote, read_alias
 from hvdspark.errors import AliasConflictError, RunInProgressError
 from hvdspark.lease import held, is_held
-from hvdspark.runs import run_folder
+from hvdspark.runs import PIPELINE, PREPARATION, run_folder
 from hvdspark.store import Store
 
 logger = logging.getLogger(__name__)
@@ -208,7 +208,7 @@ class TrainJob:
         stages = building.stages()
         if not stages:
             return PipelineModel(stages=[]), notes.with_(self._store, self.run_id, prepared=True)
-        address = spark_address(session, self._store, self._folder, "preparation")
+        address = spark_address(session, self._store, self._folder, PREPARATION)
         if notes.prepared:
             return PipelineModel.load(address), notes
         prepared = Pipeline(stages=stages).fit(rows.train)
@@ -224,7 +224,7 @@ class TrainJob:
 
     def _output(self, session: SparkSession) -> str:
         if self._config.output is None:
-            return spark_address(session, self._store, self._folder, "pipeline")
+            return spark_address(session, self._store, self._folder, PIPELINE)
         return self._config.output.replace(RUN_ID, self.run_id)
 
     # Evaluation and promotion

@@ -93,8 +93,10 @@ def test_what_an_alias_refers_to_or_can_go_back_to_stays(store: Store) -> None:
 def test_a_run_that_somebody_saved_a_model_in_stays_unless_it_is_the_runs_own(store: Store) -> None:
     put(store, "a")
     store.publish_bytes(b"{}", "runs/a/saved/metadata/part-00000")
-    put(store, "b", artefacts={"model": "runs/b/model.keras", "pipeline": "runs/b/pipeline"})
-    store.publish_bytes(b"{}", "runs/b/pipeline/metadata/part-00000")
+    put(store, "b", artefacts={"model": "runs/b/model.keras", "exported": "runs/b/exported"})
+    # The last two are what a job leaves.
+    for folder in ("exported", "preparation", "pipeline"):
+        store.publish_bytes(b"{}", f"runs/b/{folder}/metadata/part-00000")
     assert reasons(store, keep_last=0)["a"] == (False, "a model was saved in it (saved)")
     assert store.list("runs") == ["a"]
 
