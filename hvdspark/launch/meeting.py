@@ -39,8 +39,8 @@ class Offer:
         What tells its machine from others.
     servers
         Where ranks meet, by control plane, and where the alarm is (``"alarm"``): from the first rank's task.
-    has_mpi, has_rdma
-        What it found on its host, where ``controller="auto"`` wants to know.
+    mpi, has_rdma
+        What it found on its host, where that decides: the name of the MPI, and whether there is RDMA.
     rows
         What it found of the rows that came with it, see :class:`~hvdspark.data.feed.TakenRows`.
     gpus
@@ -52,7 +52,7 @@ class Offer:
     address: str = ""
     machine: str = ""
     servers: Mapping[str, tuple[str, int]] = field(default_factory=dict)
-    has_mpi: bool = False
+    mpi: str = ""
     has_rdma: bool = False
     rows: str | None = None
     gpus: Sequence[str] = ()
@@ -75,6 +75,8 @@ class Agreement:
         The tasks with their addresses and machines.
     plane, reason
         The control plane and why it is that one.
+    mpi
+        The MPI of all hosts; empty where the ranks do not meet by it.
     meeting, alarm
         Where ranks meet, and where the alarm is.
     """
@@ -82,6 +84,7 @@ class Agreement:
     peers: list[topology.Peer]
     plane: str
     reason: str
+    mpi: str
     meeting: tuple[str, int]
     alarm: tuple[str, int]
 
@@ -108,14 +111,22 @@ def agree(peers: Sequence[topology.Peer], offers: Sequence[Offer], controller: s
             " an interface with nics=[…], or let the host's name resolve to its network address"
         )
     servers = next(offer.servers for offer in offers if offer.servers)
+    mpis = {offer.mpi: peer.host for offer, peer in zip(offers, known, strict=True)}
     plane, reason = choose(
         controller,
         hosts=len(topology.places(known)),
-        all_have_mpi=all(offer.has_mpi for offer in offers),
+        mpis=mpis,
         all_have_rdma=all(offer.has_rdma for offer in offers),
     )
+    if plane == "mpi" and len(mpis) > 1:
+        found = " and ".join(f"{mpi} on {host}" for mpi, host in sorted(mpis.items()))
+        raise RendezvousError(
+            f"controller='mpi', but the hosts have different MPIs: Horovod is compiled for {found}; install the same"
+            " wheel of Horovod on all of them, or use 'gloo'"
+        )
     addresses = {name: (host, port) for name, (host, port) in servers.items()}
-    return Agreement(known, plane, reason, addresses[plane], addresses["alarm"])
+    mpi = next(iter(mpis)) if plane == "mpi" else ""
+    return Agreement(known, plane, reason, mpi, addresses[plane], addresses["alarm"])
 
 
 def gather(barrier: BarrierTaskContext, text: str, nonce: str, timeout_s: float) -> list[str]:

@@ -13,10 +13,15 @@ from __future__ import annotations
 import itertools
 import re
 import secrets
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 from hvdspark.launch.lines import LineServer, Member
+
+# The name of the MPI that speaks PMI-1 itself, and that of its library.
+MPICH, LIBRARY = "MPICH", "libmpi.so.12"
 
 # Where a rank finds its manager: "address:port:token". The process takes it out of its environment.
 MANAGER = "HVDSPARK_PMI"
@@ -24,6 +29,12 @@ MANAGER = "HVDSPARK_PMI"
 _KEY_BYTES, _VALUE_BYTES = 64, 1024
 _KEYS_PER_RANK = 64
 _FIELD = re.compile(r"(\w+)=(\S*)")
+
+
+def library_path(library: str) -> str:
+    """Return where a library is: in this environment, or wherever the system finds it."""
+    own = Path(sys.prefix, "lib", library)
+    return str(own) if own.exists() else library
 
 
 class ProcessManager(LineServer):
@@ -40,6 +51,9 @@ class ProcessManager(LineServer):
     def __init__(self, address: str, hosts: Iterable[str], places: Sequence[int], token: str) -> None:
         super().__init__(address, hosts, len(places), token)
         self._values: dict[str, str] = {}
+        self._places: Sequence[int] = ()
+        self._awaited: dict[str, list[Member]] = {}
+        self._left: Counter[int] = Counter()
         self.place(places)
         # MPI names its shared memory so: two jobs of a host must not have the same.
         self._space = f"hvdspark-{secrets.token_hex(8)}"
@@ -48,6 +62,7 @@ class ProcessManager(LineServer):
         self._commands: Mapping[str, Callable[[Member, Mapping[str, str]], bool]] = {
             "put": self._put,
             "get": self._get,
+            "await": self._await,
             "barrier_in": self._barrier,
         }
         self._answers = {
@@ -55,13 +70,41 @@ class ProcessManager(LineServer):
             "get_maxes": f"cmd=maxes kvsname_max={_KEY_BYTES} keylen_max={_KEY_BYTES} vallen_max={_VALUE_BYTES} rc=0",
             "get_appnum": "cmd=appnum appnum=0 rc=0",
             "get_my_kvsname": f"cmd=my_kvsname kvsname={self._space} rc=0",
-            "get_universe_size": f"cmd=universe_size size={self.size} rc=0",
+            "get_universe_size": f"cmd=universe_size size={len(places)} rc=0",
             "finalize": "cmd=finalize_ack rc=0",
         }
 
-    def place(self, places: Sequence[int]) -> None:
-        """Say which ranks share a host, for each rank the number of it, before any of them is admitted."""
+    def place(self, places: Sequence[int], *, servers: bool = False) -> None:
+        """Say where the ranks are, before any of them is admitted.
+
+        Parameters
+        ----------
+        places
+            For each rank the number of its host.
+        servers
+            Whether every host has a server of its own, which is a member too, with a number after those of the ranks
+            and in the order of hosts. When all ranks of a host have left, its server's connection is ended, and theirs
+            when it has.
+        """
+        self._places = places
         self._values["PMI_process_mapping"] = process_mapping(places)
+        self.size = len(places) + (max(places) + 1 if servers else 0)
+
+    def lost(self, member: Member) -> None:
+        """End the connections of those who were there for the one that has left."""
+        assert member.number is not None
+        if self.size == len(self._places):
+            return
+        if member.number >= len(self._places):
+            place = member.number - len(self._places)
+            ended = [rank for rank, its in enumerate(self._places) if its == place]
+        else:
+            place = self._places[member.number]
+            self._left[place] += 1
+            ended = [len(self._places) + place] if self._left[place] == self._places.count(place) else []
+        for number in ended:
+            if number in self.members and self.members[number].connection.fileno() >= 0:
+                self._end(self.members[number])
 
     def obey(self, member: Member, line: str) -> bool:
         """Answer a request; one that no rank makes, such as for more processes, ends the connection."""
@@ -73,18 +116,34 @@ class ProcessManager(LineServer):
 
     def _put(self, member: Member, fields: Mapping[str, str]) -> bool:
         key, value = fields.get("key", ""), fields.get("value", "")
-        fits = 0 < len(key) <= _KEY_BYTES and len(value) <= _VALUE_BYTES and self._keys[member.number] < _KEYS_PER_RANK
-        if not fits or key in self._values:
+        fits = 0 < len(key) <= _KEY_BYTES and len(value) <= _VALUE_BYTES
+        if not fits or key in self._values or self._keys[member.number] >= self._quota(member):
             return member.say("cmd=put_result rc=-1 msg=refused")
         self._keys[member.number] += 1
         self._values[key] = value
+        for waiting in self._awaited.pop(key, ()):
+            self._get(waiting, fields)
         return member.say("cmd=put_result rc=0 msg=success")
+
+    def _quota(self, member: Member) -> int:
+        """Return how many keys it may write: a host's server as many as the ranks for which it speaks."""
+        assert member.number is not None
+        place = member.number - len(self._places)
+        return _KEYS_PER_RANK * (self._places.count(place) if place >= 0 else 1)
 
     def _get(self, member: Member, fields: Mapping[str, str]) -> bool:
         value = self._values.get(fields.get("key", ""))
         if value is None:
             return member.say("cmd=get_result rc=-1 msg=not_found value=unknown")
         return member.say(f"cmd=get_result rc=0 msg=success value={value}")
+
+    def _await(self, member: Member, fields: Mapping[str, str]) -> bool:
+        """Answer as to ``get``, as soon as the key is there: this is not PMI-1, but for our own servers of hosts."""
+        key = fields.get("key", "")
+        if key in self._values:
+            return self._get(member, fields)
+        self._awaited.setdefault(key, []).append(member)
+        return True
 
     def _barrier(self, member: Member, _: Mapping[str, str]) -> bool:
         self._waiting.add(member.number)

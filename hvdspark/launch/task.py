@@ -27,6 +27,7 @@ from hvdspark.launch.child import Child, Patience
 from hvdspark.launch.failures import Failure, Outcome
 from hvdspark.launch.guard import STACKS
 from hvdspark.launch.meeting import Agreement, Offer, agree, exchange
+from hvdspark.launch.openmpi import OPEN_MPI, HostServer, place_environment, settings_of
 from hvdspark.launch.options import LaunchOptions
 from hvdspark.launch.watch import report
 from hvdspark.plan import FitPlan, RankContext
@@ -89,7 +90,7 @@ class Stage:
             servers: dict[str, control.Server | AlarmServer] = {}
             rows = None
             try:
-                hindrance = self._mpi_hindrance(context)
+                mpi = self._find_mpi(context)
                 rows = self._take(batches, stack)
                 address = devices.own_address(peers[own].host, self.driver_host, options.nics)
                 peers[own] = dataclasses.replace(peers[own], address=address)
@@ -99,7 +100,7 @@ class Stage:
                     address=address,
                     machine=devices.machine(),
                     servers={name: server.address for name, server in servers.items()},
-                    has_mpi=hindrance is None,
+                    mpi=mpi,
                     has_rdma=options.controller == "auto" and fabric.has_rdma(),
                     rows=None if rows is None else rows.report,
                     gpus=gpus.addresses_of(barrier.resources()),
@@ -111,18 +112,20 @@ class Stage:
                 agreed = agree(peers, offers, options.controller)
                 ranks = topology.assign_ranks(agreed.peers)
                 context = ranks[own]
-                control.admit(servers.values(), agreed.peers)
+                control.admit(servers.values(), agreed.peers, agreed.mpi)
                 alarm = stack.enter_context(Alarm(agreed.alarm, self.token, context.rank, _hosts(ranks)))
                 interface = devices.interface_of(topology.meeting_address(agreed.peers, own))
                 network = self._network(agreed, interface, context)
                 given = [offer.gpus for offer in offers]
                 own_gpus = gpus.gpu_environment(ranks, given, own, options.env, self.gpus_per_task)
                 plan = None if rows is None else _planned(rows, agreed.peers, offers)
+                scratch = stack.enter_context(_scratch(options))
+                place = topology.host_numbers(ranks)[context.rank]
+                host_server = self._open_host_server(agreed, place, context, scratch, stack)
             except (RendezvousError, DataError, SchemaError, OSError) as exc:
                 return ranks, Outcome(failure=Failure.before(exc, context))
             if context.rank == 0:
                 _note_launch(options, ranks, plan)
-            scratch = stack.enter_context(_scratch(options))
             environment = {
                 **network,
                 **own_gpus,
@@ -131,20 +134,37 @@ class Stage:
                 STACKS: f"{scratch}/stacks",
                 **topology.rank_environment(context),
                 **control.environment_of(agreed.plane, agreed.meeting, self.token, interface),
+                **place_environment(agreed.mpi, place),
             }
             with _log_file(options, context) as log:
                 patience = Patience(options.start_timeout_s, options.stall_timeout_s or None)
                 payload = self.broadcast.value
                 own_arguments = b"" if plan is None else cloudpickle.dumps((plan,))
-                return ranks, child.run(payload, context, environment, log, patience, own_arguments, alarm)
+                outcome = child.run(payload, context, environment, log, patience, own_arguments, alarm)
+            if host_server is not None and outcome.failure is None:
+                host_server.wait()
+            return ranks, outcome
 
-    def _mpi_hindrance(self, context: RankContext) -> str | None:
-        """Say why MPI cannot be here; raises :class:`RendezvousError` where it must be."""
+    def _find_mpi(self, context: RankContext) -> str:
+        """Name the MPI of this host, if any; raises :class:`RendezvousError` without one where there must be."""
         # Looked for only where it decides: finding a library can take a process of its own.
-        hindrance = None if self.options.controller == "gloo" else control.mpi_hindrance()
-        if hindrance is not None and self.options.controller == "mpi":
+        name, hindrance = ("", "") if self.options.controller == "gloo" else control.find_mpi()
+        if hindrance and self.options.controller == "mpi":
             raise RendezvousError(f"controller='mpi' cannot be on {context.host}: {hindrance}, or use 'gloo'")
-        return hindrance
+        return name
+
+    def _open_host_server(
+        self,
+        agreed: Agreement,
+        place: int,
+        context: RankContext,
+        scratch: str,
+        stack: contextlib.ExitStack,
+    ) -> HostServer | None:
+        """Start what the ranks of this host ask for their places under Open MPI, if this is the first of them."""
+        if agreed.mpi != OPEN_MPI or context.local_rank > 0:
+            return None
+        return stack.enter_context(HostServer(agreed.meeting, self.token, place, context.size, scratch))
 
     def _open_servers(
         self, peers: list[topology.Peer], own: int, stack: contextlib.ExitStack
@@ -166,7 +186,12 @@ class Stage:
             has_peer_memory=fabric.has_peer_memory(),
         )
         transport = fabric.describe(settings, on_one_host=on_one_host)
-        return {**settings, fabric.NETWORK: f"controller {agreed.plane} ({agreed.reason}), {transport}"}
+        controller = f"{agreed.plane} by {agreed.mpi}" if agreed.mpi else agreed.plane
+        return {
+            **settings,
+            **settings_of(agreed.mpi),
+            fabric.NETWORK: f"controller {controller} ({agreed.reason}), {transport}",
+        }
 
     def _take(self, batches: Iterable[pa.RecordBatch], stack: contextlib.ExitStack) -> TakenRows | None:
         """Take the rows that came with the task, where it is for them that it runs."""

@@ -89,6 +89,13 @@ def _names(by_place: Mapping[str, Sequence[Peer]]) -> dict[str, str]:
     return {place: peer.host if counts[peer.host] == 1 else peer.address for place, peer in first.items()}
 
 
+def host_numbers(ranks: Mapping[int, RankContext]) -> list[int]:
+    """Return for each rank the number of its host, in the order of the hosts' first ranks."""
+    hosts = [context.host for context in sorted(ranks.values(), key=lambda context: context.rank)]
+    numbers = {host: number for number, host in enumerate(dict.fromkeys(hosts))}
+    return [numbers[host] for host in hosts]
+
+
 def meeting_address(peers: Sequence[Peer], partition: int) -> str:
     """Return the address a task listens on: the loopback when all are on one host, else its own."""
     if len(places(peers)) == 1:

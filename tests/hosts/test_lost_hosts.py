@@ -151,7 +151,7 @@ def assert_nothing_trains_on(host: Host) -> None:
 def test_several_hosts_train_to_the_same_weights_under_mpi(df: DataFrame, store: Store, undisturbed: Any) -> None:
     assert_same(fit(df, store, controller="mpi", backend_env={"UCX_PROTO_INFO": "y"}), undisturbed)
     log = log_of(store)
-    assert "controller mpi (as asked for), TCP over eth0" in log
+    assert "controller mpi by MPICH (as asked for), TCP over eth0" in log
     # What UCX itself says: between hosts nothing else.
     tables = re.findall(r"inter-node cfg#.*\n(?:(?!.*cfg#).*\n)*", log)
     assert {transport for table in tables for transport in re.findall(r"\| (\w+/\w+) +\|$", table, re.M)} == {

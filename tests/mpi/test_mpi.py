@@ -134,7 +134,7 @@ def test_both_controllers_train_to_the_same_weights(spark: SparkSession, store: 
 
     expected, history = fit(controller="gloo", allreduce="horovod")
     assert history["loss"][-1] < history["loss"][0] / 2
-    said = {"gloo": "controller gloo (as asked for)", "mpi": "controller mpi (as asked for)"}
+    said = {"gloo": "controller gloo (as asked for)", "mpi": "controller mpi by MPICH (as asked for)"}
     said["auto"] = "controller gloo (all ranks are on one host)"
     for keywords in ({"controller": "mpi", "allreduce": "horovod"}, {"controller": "mpi"}, {"controller": "auto"}):
         found, _ = fit(run_id=f"run-{len(store.list('runs'))}", **keywords)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import socket
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from hvdspark.launch import control
+from hvdspark.errors import RendezvousError
+from hvdspark.launch import control, topology
 from hvdspark.launch.control import choose
+from hvdspark.launch.meeting import Offer, agree
 from hvdspark.launch.mpi import ProcessManager, mpi_environment, process_mapping
 
 TOKEN = "0123456789abcdef"
@@ -213,22 +216,36 @@ def test_ranks_that_are_killed_leave_no_shared_memory() -> None:
 
 
 @pytest.mark.parametrize(
-    ("controller", "hosts", "has_mpi", "has_rdma", "expected"),
+    ("controller", "hosts", "mpis", "has_rdma", "expected", "why"),
     [
-        ("mpi", 1, False, False, "mpi"),
-        ("gloo", 2, True, True, "gloo"),
-        ("auto", 1, True, True, "gloo"),
-        ("auto", 2, True, True, "mpi"),
-        ("auto", 2, True, False, "gloo"),
-        ("auto", 2, False, True, "gloo"),
+        ("mpi", 1, [""], False, "mpi", "as asked for"),
+        ("gloo", 2, ["MPICH"], True, "gloo", "as asked for"),
+        ("auto", 1, ["MPICH"], True, "gloo", "on one host"),
+        ("auto", 2, ["MPICH", "MPICH"], True, "mpi", "RDMA"),
+        ("auto", 2, ["Open MPI"], True, "mpi", "RDMA"),
+        ("auto", 2, ["MPICH"], False, "gloo", "RDMA"),
+        ("auto", 2, ["MPICH", ""], True, "gloo", "not every host has an MPI"),
+        ("auto", 2, ["Open MPI", "MPICH"], True, "gloo", "different MPIs, MPICH and Open MPI"),
     ],
 )
 def test_mpi_is_chosen_where_it_can_do_what_gloo_cannot(
-    controller: str, hosts: int, has_mpi: bool, has_rdma: bool, expected: str
+    controller: str, hosts: int, mpis: list[str], has_rdma: bool, expected: str, why: str
 ) -> None:
-    plane, reason = choose(controller, hosts=hosts, all_have_mpi=has_mpi, all_have_rdma=has_rdma)
+    plane, reason = choose(controller, hosts=hosts, mpis=mpis, all_have_rdma=has_rdma)
     assert plane == expected
-    assert reason
+    assert why in reason
+
+
+def test_hosts_with_different_mpis_are_refused_by_name() -> None:
+    peers = [topology.Peer(number, f"host{number}", f"10.0.0.{number}") for number in range(2)]
+    offers = [
+        Offer(address="10.0.0.0", machine="a", servers={"mpi": ("10.0.0.0", 1), "alarm": ("10.0.0.0", 2)}, mpi="MPICH"),
+        Offer(address="10.0.0.1", machine="b", mpi="Open MPI"),
+    ]
+    with pytest.raises(RendezvousError, match="MPICH on host0 and Open MPI on host1; install the same wheel"):
+        agree(peers, offers, "mpi")
+    same = agree(peers, [offers[0], dataclasses.replace(offers[1], mpi="MPICH")], "mpi")
+    assert (same.plane, same.mpi, same.meeting) == ("mpi", "MPICH", ("10.0.0.0", 1))
 
 
 @pytest.fixture
@@ -255,30 +272,58 @@ def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., N
 
 
 def test_this_environment_can_run_mpi() -> None:
-    assert control.mpi_hindrance() is None
+    assert control.find_mpi() == ("MPICH", "")
+
+
+@pytest.fixture
+def prefix(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An environment with nothing in it, on a system without any MPI."""
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(control.ctypes.util, "find_library", lambda _name: None)
+    (tmp_path / "lib" / "openmpi").mkdir(parents=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize("needed", [["libmpi.so.1"], []])
+def test_a_horovod_for_another_mpi_is_named_with_what_to_install(
+    compiled: Callable[..., None], needed: list[str]
+) -> None:
+    compiled(*needed)
+    name, hindrance = control.find_mpi()
+    assert name == ""
+    assert "compiled for neither MPICH (libmpi.so.12) nor Open MPI (libmpi.so.40)" in hindrance
+    assert "ci/wheels" in hindrance
 
 
 @pytest.mark.parametrize(
-    ("needed", "text"), [(["libmpi.so.40"], "for Open MPI"), (["libmpi.so.1"], "without MPICH"), ([], "without MPICH")]
+    ("library", "name", "package", "all_files"),
+    [
+        ("libmpi.so.12", "MPICH", "mpich", ["libmpi.so.12"]),
+        ("libmpi.so.40", "Open MPI", "openmpi", ["libmpi.so.40", "openmpi/libpmix.so.2"]),
+    ],
 )
-def test_a_horovod_for_another_mpi_is_named_with_what_to_install(
-    compiled: Callable[..., None], needed: list[str], text: str
+def test_the_mpi_is_the_one_that_horovod_was_compiled_for(
+    compiled: Callable[..., None], prefix: Path, library: str, name: str, package: str, all_files: list[str]
 ) -> None:
-    compiled(*needed)
-    hindrance = control.mpi_hindrance()
-    assert hindrance is not None
-    assert f"Horovod was compiled {text}" in hindrance
-    assert "package mpich" in hindrance
+    compiled(library)
+    (prefix / "lib" / ("libmpi.so.12" if name == "Open MPI" else "libmpi.so.40")).touch()
+    for missing in all_files:
+        found, hindrance = control.find_mpi()
+        assert found == ""
+        assert f"({Path(missing).name}) in {prefix}/lib or among the system's libraries" in hindrance
+        assert f"install the package {package}" in hindrance
+        (prefix / "lib" / missing).touch()
+    assert control.find_mpi() == (name, "")
 
 
-def test_a_horovod_for_mpich_is_none(compiled: Callable[..., None]) -> None:
-    compiled("libmpi.so.12")
-    assert control.mpi_hindrance() is None
-
-
-def test_a_host_without_mpich_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sys, "prefix", str(tmp_path))
-    monkeypatch.setattr(control.ctypes.util, "find_library", lambda _name: None)
-    hindrance = control.mpi_hindrance()
-    assert hindrance is not None
-    assert f"there is no MPICH (libmpi.so.12) in {tmp_path}/lib" in hindrance
+def test_an_open_mpi_that_asks_nobody_but_its_own_launcher_is_refused(
+    compiled: Callable[..., None], prefix: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled("libmpi.so.40")
+    system = {"mpi": "libmpi.so.40", "open-pal": "libopen-pal.so.40", "pmix": "libpmix.so.2"}
+    monkeypatch.setattr(control.ctypes.util, "find_library", system.get)
+    name, hindrance = control.find_mpi()
+    assert name == ""
+    assert "the system's Open MPI is of version 4" in hindrance
+    system["open-pal"] = "libopen-pal.so.80"
+    assert control.find_mpi() == ("Open MPI", "")
