@@ -19,6 +19,9 @@ from hvdspark import Store
 
 TWO_EXECUTORS = "local-cluster[2,1,2048]"
 
+# What executors run, so that nothing of it is overlooked when it stays.
+INTERPRETERS = {sys.executable}
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _environment() -> None:
@@ -114,22 +117,22 @@ def store(tmp_path: Path) -> Store:
 
 
 def own_processes() -> Iterator[tuple[psutil.Process, list[str]]]:
-    """Go through the processes of this interpreter with their command lines, those whose parents are gone included."""
+    """Go through the interpreters' processes with their command lines, those whose parents are gone included."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             command = process.cmdline()
-            if command[:1] == [sys.executable]:
+            if INTERPRETERS & set(command[:1]):
                 yield process, command
 
 
 def training_processes() -> list[psutil.Process]:
-    """List the training processes and guards of this interpreter, cold and warm ones."""
+    """List the training processes, guards and servers of these interpreters, cold and warm ones."""
     return [
         process
         for process, command in own_processes()
         if process.name() in ("hvdspark-rank", "hvdspark-guard")
         or "hvdspark.worker" in command
-        or any(part.endswith("hvdspark/launch/guard.py") for part in command)
+        or any(part.endswith(("hvdspark/launch/guard.py", "hvdspark/launch/pmix.py")) for part in command)
     ]
 
 

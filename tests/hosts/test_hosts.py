@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from networks import NAMES, NETWORKS, SLOTS, Site
+from openmpi import as_imported, executors_on, openmpi_python  # noqa: F401 - fixtures
 from pyspark.sql import SparkSession
 
 import hvdspark
@@ -33,7 +36,9 @@ def place() -> dict[str, Any]:
         from mpi4py import MPI
 
         local = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
-        by_mpi = (MPI.COMM_WORLD.allreduce(10 ** hvd.rank()), local.rank, local.size)
+        library = MPI.Get_library_version().split()
+        name = "Open MPI" if library[:2] == ["Open", "MPI"] else library[0]
+        by_mpi = (name, MPI.COMM_WORLD.allreduce(10 ** hvd.rank()), local.rank, local.size)
     lines = subprocess.run(["ss", "-Hantup"], capture_output=True, text=True, check=True).stdout.splitlines()
     sockets = [line.split() for line in lines if '"java"' not in line]
     hvd.allreduce(tf.zeros(1), name="everybody has looked")
@@ -51,9 +56,23 @@ def place() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("controller", "nic"), [("gloo", "eth0"), ("mpi", "eth1")])
+@pytest.fixture
+def mpi(request: pytest.FixtureRequest, spark: SparkSession) -> Iterator[str]:
+    """The MPI that the executors' Horovod was compiled for."""
+    with contextlib.ExitStack() as stack:
+        if request.param == "Open MPI":
+            python, path = (request.getfixturevalue(name) for name in ("openmpi_python", "as_imported"))
+            stack.enter_context(executors_on(spark, python, path))
+        yield request.param
+
+
+@pytest.mark.parametrize(
+    ("controller", "nic", "mpi"),
+    [("gloo", "eth0", "MPICH"), ("mpi", "eth1", "MPICH"), ("mpi", "eth1", "Open MPI")],
+    indirect=["mpi"],
+)
 def test_ranks_know_who_is_on_their_host_and_keep_to_its_interface(
-    spark: SparkSession, site: Site, controller: str, nic: str
+    spark: SparkSession, site: Site, controller: str, nic: str, mpi: str
 ) -> None:
     nics = [] if nic == "eth0" else [nic]
     modules = ["tensorflow", "horovod.tensorflow"]
@@ -69,7 +88,7 @@ def test_ranks_know_who_is_on_their_host_and_keep_to_its_interface(
         alike = [host for host in hosts if SLOTS[host] > rank["local"][0]]
         assert rank["cross"] == (alike.index(rank["host"]), len(alike))
         assert rank["total"] == [0.0, 15.0, 30.0]
-        assert rank["by_mpi"] == ((11111, *rank["local"]) if controller == "mpi" else None)
+        assert rank["by_mpi"] == ((mpi, 11111, *rank["local"]) if controller == "mpi" else None)
 
     listening = set()
     for rank in found:
