@@ -164,9 +164,10 @@ class TrainJob:
         return Notes(config, self._warm_start()).with_(self._store, self.run_id)
 
     def _warm_start(self) -> str | None:
-        name = self._config.warm_start
-        if name is None or "/" in name:
-            return name
+        given = self._config.warm_start
+        if given is None or "/" in given:
+            return given
+        name = given.removeprefix("alias:")
         # The model, not the name: who goes on later must not begin with another one's weights.
         entry = read_alias(self._store, name)
         if entry is None:

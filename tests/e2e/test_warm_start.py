@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hvdspark.estimators import KerasEstimator, KerasModel
 from pyspark.sql import DataFrame, SparkSession
 
-from hvdspark import Store
+from hvdspark import Store, cli
 from hvdspark.aliases import AliasEntry, entry_of_run, promote
 from hvdspark.errors import ParamError, WorkerFailedError
 from hvdspark.runs import read_record
@@ -101,3 +104,35 @@ def test_a_fit_begins_where_the_champion_is_and_goes_on_from_its_own_state(store
     with pytest.raises(ParamError, match=r"the layer 'wide' has weights of shape \(3, 9\), \(9,\) in the model, and"):
         estimator(store, model=network(9), warm_start="runs/warm", run_id="refused").fit(df)
     assert not store.exists("runs", "refused")
+
+
+def test_every_night_a_job_begins_where_the_champion_is(store: Store, df: DataFrame, tmp_path: Path) -> None:
+    df.write.parquet(str(tmp_path / "rows"))
+    network().save(tmp_path / "network.keras")
+    job = tmp_path / "job.yaml"
+    job.write_text(
+        f"store: {store.url}\n"
+        f"input: {{path: {tmp_path}/rows}}\n"
+        f"estimator: {{model: {tmp_path}/network.keras, loss: mse, batch_size: 64, num_proc: 1}}\n"
+        "evaluation: {fraction: 0.2}\n"
+        "promote_if: val_loss < current\n"
+    )
+
+    def train(run_id: str, alias: str, epochs: int) -> dict[str, Any]:
+        values = {"feature_cols": [["a", "b", "c"]], "label_cols": ["y"], "epochs": epochs}
+        values["optimizer"] = {"class_name": "Adam", "config": {"learning_rate": 0.01}}
+        settings = [part for name, value in values.items() for part in ("--set", f"{name}={json.dumps(value)}")]
+        command = ["train", "--config", str(job), "--run-id", run_id, "--warm-start", alias, *settings]
+        done = CliRunner().invoke(cli.main, command)
+        assert done.exit_code == 0, done.stderr
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+    # In the first night there is none.
+    first = train("monday", "champion", 8)
+    second = train("tuesday", "alias:champion", 1)
+    assert first["promoted"]
+    assert second["promoted"]
+    assert second["training"]["loss"] < 1.1 * first["training"]["loss"]
+    note = store.read_json("runs", "tuesday", "warm_start.json") or {}
+    assert (note["given"], store.exists("runs", "monday", "warm_start.json")) == (first["model"], False)
