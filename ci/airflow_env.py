@@ -6,16 +6,15 @@ it and prints its interpreter.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from build_cache import Cache, run_quietly
+from cached_env import install, key_of, new_environment
 
-CI = Path(__file__).resolve().parent
-LOCK = CI / "airflow.lock"
+LOCK = Path(__file__).resolve().parent / "airflow.lock"
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def obtain(cache: Cache) -> AirflowEnvironment:
     BuildError
         When a package cannot be had, or Airflow makes no database.
     """
-    key = hashlib.sha256(LOCK.read_bytes() + sys.version.encode()).hexdigest()[:16]
+    key = key_of(LOCK.read_text(encoding="utf-8"))
     found = AirflowEnvironment(cache.root / "airflow" / key)
     complete = found.folder / ".complete"
     with cache.locked(f"airflow-{key}"):
@@ -62,14 +61,10 @@ def obtain(cache: Cache) -> AirflowEnvironment:
 
 
 def _make(environment: AirflowEnvironment) -> None:
-    python = str(environment.python)
-    uv = str(CI / "uv")
-    run_quietly([uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(environment.folder / "venv")])
-    run_quietly(
-        [uv, "pip", "install", "--quiet", "--compile-bytecode", "--no-deps", "--python", python, "-r", str(LOCK)]
-    )
+    new_environment(environment.folder / "venv")
+    install(environment.python, "--requirements", str(LOCK))
     home = f"AIRFLOW_HOME={environment.database.parent}"
-    run_quietly(["env", home, python, "-m", "airflow", "db", "migrate"])
+    run_quietly(["env", home, str(environment.python), "-m", "airflow", "db", "migrate"])
 
 
 if __name__ == "__main__":

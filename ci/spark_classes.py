@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,8 @@ def exercise() -> None:
 
 def make(archive: Path) -> None:
     """Make the archive; raises :class:`BuildError` where this Java makes none."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
+    # Beside its place, to be moved there whole.
+    with tempfile.TemporaryDirectory(dir=archive.parent) as folder:
         fresh = Path(folder, "classes.jsa")
         options = os.environ.get("JDK_JAVA_OPTIONS", "")
         environment = {
@@ -70,7 +70,7 @@ def make(archive: Path) -> None:
         if done.returncode or not fresh.exists():
             said = done.stderr.decode(errors="replace").strip().splitlines()
             raise BuildError(f"there is no archive of Spark's classes: {said[-1] if said else done.returncode}")
-        archive.write_bytes(fresh.read_bytes())
+        fresh.replace(archive)
 
 
 if __name__ == "__main__":

@@ -47,12 +47,12 @@ from hvdspark.runs import (
     log_folder,
     next_attempt,
     numbers,
+    published_model,
     run_folder,
 )
 from hvdspark.store import Store
 from hvdspark.versions import package_versions
 from hvdspark.warmstart import WarmStart, keep_start, recall_start
-from hvdspark.worker.checkpoint import MODEL
 
 if TYPE_CHECKING:
     from hvdspark.estimators.base import HorovodEstimator, HorovodModel
@@ -217,8 +217,7 @@ class Fit:
             raise RunInProgressError(busy(self._run_id), run_id=self._run_id)
 
     def _check_unfinished(self, store: Store) -> None:
-        has_model = any(name.startswith(f"{MODEL}.") for name in store.list(run_folder(self._run_id)))
-        if has_model and not is_removed(store, self._run_id):
+        if published_model(store, self._run_id) is not None and not is_removed(store, self._run_id):
             raise ParamError(
                 f"run_id='{self._run_id}' exists already in {store} and is finished; give another one, or none for a"
                 " new one",
@@ -307,10 +306,9 @@ def trained_model(estimator: HorovodEstimator) -> HorovodModel | None:
     """
     estimator = estimator._converted()
     store, run_id = estimator._required("store"), estimator._required("run_id")
-    names = [name for name in store.list(run_folder(run_id)) if name.startswith(f"{MODEL}.")]
-    if not names:
+    path = published_model(store, run_id)
+    if path is None:
         return None
-    path = f"{run_folder(run_id)}/{names[0]}"
     data = store.read_bytes(path)
     inputs, outputs = estimator._describe_trained(data)
     result = TrainResult(_history(store, run_id), path, {}, 0.0, 0.0, tuple(inputs or ()), tuple(outputs or ()))

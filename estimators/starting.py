@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from hvdspark.estimators.persistence import list_folder, read_file
 
 from hvdspark.errors import ModelFormatError, ParamError, StoreError
+from hvdspark.runs import MODEL
 from hvdspark.store import Store
 from hvdspark.warmstart import Location, WarmStart, locate
-from hvdspark.worker.checkpoint import MODEL
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession

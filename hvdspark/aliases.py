@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from hvdspark import lease
-from hvdspark.errors import AliasConflictError, AliasError, ParamError, closest
-from hvdspark.runs import RUNS, read_record, run_folder
+from hvdspark.errors import AliasConflictError, AliasError, ParamError
+from hvdspark.runs import published_model, require_run, run_folder
 from hvdspark.store import Store, _normalize
 
 ALIASES = "aliases"
@@ -30,7 +30,6 @@ ALIASES = "aliases"
 KEPT = 10
 
 # The published model in a run's folder begins so; see hvdspark.worker.checkpoint.
-_MODEL = "model."
 
 _SUFFIX = ".json"
 _WRITER = "writer"
@@ -238,22 +237,18 @@ def entry_of_run(store: Store, run_id: str, model: str | None = None) -> AliasEn
     ParamError
         When there is no such run, it has not finished, or it has left no model.
     """
-    record, folder = read_record(store, run_id), run_folder(run_id)
-    if record is None:
-        raise ParamError(f"there is no run '{run_id}' in {store}.{closest(run_id, store.list(RUNS))}", param="run_id")
+    record = require_run(store, run_id)
     if record.state != "finished":
         reason = f" ({record.cause})" if record.cause else ""
         raise ParamError(
             f"the run '{run_id}' is {record.state}{reason}; only a finished run can be promoted", param="run_id"
         )
+    model = published_model(store, run_id) if model is None else model
     if model is None:
-        published = [name for name in store.list(folder) if name.startswith(_MODEL)]
-        if not published:
-            raise ParamError(
-                f"the run '{run_id}' has no model in {store.url_of(folder)} any more; give the address of one",
-                param="model",
-            )
-        model = f"{folder}/{published[0]}"
+        raise ParamError(
+            f"the run '{run_id}' has no model in {store.url_of(run_folder(run_id))} any more; give the address of one",
+            param="model",
+        )
     return AliasEntry(run_id, model, dict(record.metrics))
 
 

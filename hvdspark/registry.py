@@ -12,7 +12,7 @@ from typing import Any
 from hvdspark.aliases import runs_in_use
 from hvdspark.errors import ParamError, StoreError, closest
 from hvdspark.metrics import Mode, best_place, rises
-from hvdspark.runs import RunRecord, epochs_of, read_record, run_folder, run_names
+from hvdspark.runs import RunRecord, epochs_of, read_record, require_run, run_folder, run_names
 from hvdspark.store import Store
 
 # Records are small, and may be far away: what counts is to ask for many at once.
@@ -162,18 +162,6 @@ def best_run(store: Store, metric: str = "val_loss", mode: Mode = "auto") -> Run
     if not measured:
         raise ParamError(f"'{metric}' is NaN or infinite in all runs that have it; choose another", param="metric")
     return measured[best_place([record.metrics[metric] for record in measured], rising=rises(metric, mode))]
-
-
-def require_run(store: Store, run_id: str) -> RunRecord:
-    """Return the record of a run; raises :class:`ParamError` where there is none, naming the closest."""
-    record = read_record(store, run_id)
-    if record is None:
-        raise ParamError(
-            f"there is no run '{run_id}' in {store}.{closest(run_id, run_names(store))} 'hvdspark runs list' shows"
-            " those there are",
-            param="run_id",
-        )
-    return record
 
 
 def _record_if_there(store: Store, name: str) -> RunRecord | None:

@@ -15,12 +15,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from hvdspark.errors import ParamError, RunInProgressError, StoreError
+from hvdspark.errors import ParamError, RunInProgressError, StoreError, closest
 from hvdspark.lease import held_alone, is_held
 from hvdspark.store import Store
 
 RUNS = "runs"
 RECORD, LAUNCH, HISTORY = "run.json", "launch.json", "history.json"
+# Of the trained model's file, without the suffix of its format.
+MODEL = "model"
 # What a job keeps in its run's folder: the fitted stages before the training, and all stages with the model.
 PREPARATION, PIPELINE = "preparation", "pipeline"
 
@@ -158,6 +160,13 @@ def log_folder(run_id: str, attempt: int = 1) -> str:
     return first if attempt == 1 else f"{first}/attempt-{attempt}"
 
 
+def published_model(store: Store, run_id: str) -> str | None:
+    """Return the path, relative to the Store, of the model that a run has come to; ``None`` before it has."""
+    folder = run_folder(run_id)
+    names = [name for name in store.list(folder) if name.startswith(f"{MODEL}.")]
+    return posixpath.join(folder, names[0]) if names else None
+
+
 def next_attempt(store: Store, run_id: str) -> int:
     """Return the number of a run's next attempt: the logs of those before it are kept."""
     names = store.list(log_folder(run_id))
@@ -193,6 +202,18 @@ def read_record(store: Store, run_id: str) -> RunRecord | None:
     if record.state == "running" and not is_in_progress(store, run_id):
         record = closed(replace(record, state="interrupted", cause=GONE), None)
     return with_traces(store, record)
+
+
+def require_run(store: Store, run_id: str) -> RunRecord:
+    """Return the record of a run; raises :class:`ParamError` where there is none, naming the closest."""
+    record = read_record(store, run_id)
+    if record is None:
+        raise ParamError(
+            f"there is no run '{run_id}' in {store}.{closest(run_id, run_names(store))} 'hvdspark runs list' shows"
+            " those there are",
+            param="run_id",
+        )
+    return record
 
 
 def run_names(store: Store) -> list[str]:

@@ -108,11 +108,6 @@ class Gate:
             )
         return cls(text, tuple(conditions))
 
-    @property
-    def needs_current(self) -> bool:
-        """Whether the model that is in use must be evaluated."""
-        return any(condition.bound is None for condition in self.conditions)
-
     def check(self, metrics: list[str]) -> None:
         """Refuse a metric that the evaluation does not give; raises :class:`ParamError`."""
         for condition in self.conditions:

@@ -19,8 +19,7 @@ from hvdspark.aliases import read_alias
 from hvdspark.data.columns import find_field
 from hvdspark.errors import ModelFormatError, ParamError
 from hvdspark.store import Store
-
-_ALIAS = "alias:"
+from hvdspark.warmstart import ALIAS
 
 
 @dataclass(frozen=True)
@@ -98,9 +97,9 @@ class ScoreJob:
         ConfigError
             When there is no such alias, or no Store to look in.
         """
-        if not self.model.startswith(_ALIAS):
+        if not self.model.startswith(ALIAS):
             return self.model, None
-        name = self.model.removeprefix(_ALIAS)
+        name = self.model.removeprefix(ALIAS)
         if self.store is None:
             raise ParamError(f"--model {self.model}: give the Store that has the alias, with --store", param="store")
         entry = read_alias(self.store, name)

@@ -35,6 +35,7 @@ from hvdspark.errors import AliasConflictError, RunInProgressError
 from hvdspark.lease import held, is_held
 from hvdspark.runs import PIPELINE, PREPARATION, run_folder
 from hvdspark.store import Store
+from hvdspark.warmstart import ALIAS
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ class TrainJob:
         given = self._config.warm_start
         if given is None or "/" in given:
             return given
-        name = given.removeprefix("alias:")
+        name = given.removeprefix(ALIAS)
         # The model, not the name: who goes on later must not begin with another one's weights.
         entry = read_alias(self._store, name)
         if entry is None:

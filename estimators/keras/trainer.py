@@ -61,7 +61,7 @@ def train(plan: FitPlan, spec: KerasSpec) -> TrainResult | None:
     _choose_devices(spec.use_gpu)
     store = Store.from_ref(plan.store).within(run_folder(plan.run_id))
     with timeline_in(store, plan.run_id) if spec.timeline else nullcontext(), horovod_session(hvd) as session:
-        return _Training(plan, spec, session).run()
+        return _Training(plan, spec, session, store).run()
 
 
 def _choose_devices(use_gpu: bool) -> None:
@@ -82,13 +82,13 @@ def _choose_devices(use_gpu: bool) -> None:
 class _Training:
     """The state of one rank's training."""
 
-    def __init__(self, plan: FitPlan, spec: KerasSpec, session: Session) -> None:
+    def __init__(self, plan: FitPlan, spec: KerasSpec, session: Session, store: Store) -> None:
         self._plan = plan
         self._spec = spec
         self._session = session
         self._phases = {"import": imports.waited_s()}
         self._epoch = "no epoch yet"
-        self._store = store = Store.from_ref(plan.store).within(run_folder(plan.run_id))
+        self._store = store
         self._checkpoints = Checkpoints(store, plan.run_id, codec.SUFFIX, spec.best_of)
         self._clock = StepClock()
         self._reporter: Reporter | None = None

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import click
 
 from hvdspark.cli.exits import Exit
 from hvdspark.errors import HvdSparkError
+from hvdspark.recording import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -127,5 +129,27 @@ def cause_of(exc: BaseException) -> str:
         # Spark puts the traceback of a Python task into its message: its last line is what was raised.
         raised = [line for line in lines if line and not line.startswith((" ", "\t"))]
         return raised[-1] if raised else lines[-1]
-    first = lines[0] if lines else ""
-    return first if isinstance(exc, HvdSparkError) else f"{type(exc).__name__}: {first}".rstrip(": ")
+    return first_line(exc)
+
+
+def failure_of(exc: BaseException, started: float) -> dict[str, Any]:
+    """Describe what ended a job, as its result has it.
+
+    Parameters
+    ----------
+    exc
+        What ended it.
+    started
+        When it began, in seconds since the epoch.
+    """
+    # Late: errors of the command line need no Spark.
+    from hvdspark.cli.exits import exit_code
+
+    code = exit_code(exc)
+    return {
+        "state": "interrupted" if code == Exit.INTERRUPTED else "failed",
+        "exit_code": code,
+        "cause": cause_of(exc),
+        "error": type(exc).__name__,
+        "seconds": round(time.time() - started, 3),
+    }

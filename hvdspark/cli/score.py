@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hvdspark.cli.jobs import JobCommand, cause_of, report, spark_session, start_logging, terminable
+from hvdspark.cli.jobs import JobCommand, failure_of, report, spark_session, start_logging, terminable
 
 if TYPE_CHECKING:
     from hvdspark.estimators.job.scoring import ScoreJob, ScoreResult
@@ -45,7 +45,6 @@ def score(context: click.Context, /, **options: Any) -> None:
 
 
 def _run(options: dict[str, Any]) -> ScoreResult:
-    from hvdspark.cli.exits import Exit, exit_code
     from hvdspark.estimators.job.scoring import ScoreResult
 
     started = time.time()
@@ -58,12 +57,7 @@ def _run(options: dict[str, Any]) -> ScoreResult:
                 return job.run(session)
     except (Exception, KeyboardInterrupt) as exc:  # noqa: BLE001 - whatever it is, it has an exit code
         report(exc)
-        code = exit_code(exc)
-        state = "interrupted" if code == Exit.INTERRUPTED else "failed"
-        seconds = round(time.time() - started, 3)
-        return ScoreResult(
-            state, code, options["model"], cause=cause_of(exc), error=type(exc).__name__, seconds=seconds
-        )
+        return ScoreResult(model=options["model"], **failure_of(exc, started))
 
 
 def _job(options: dict[str, Any]) -> ScoreJob:

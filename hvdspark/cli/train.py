@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hvdspark.cli.jobs import JobCommand, cause_of, report, spark_session, start_logging, terminable
+from hvdspark.cli.jobs import JobCommand, failure_of, report, spark_session, start_logging, terminable
 
 if TYPE_CHECKING:
     from hvdspark.estimators.job.result import JobResult
@@ -94,21 +94,14 @@ class _Command:
         return result
 
     def _failed(self, exc: BaseException) -> JobResult:
-        # Late: errors of the command line need no Spark.
-        from hvdspark.cli.exits import Exit, exit_code
         from hvdspark.errors import RunInProgressError
         from hvdspark.estimators.job.result import JobResult
 
-        code = exit_code(exc)
         is_other = isinstance(exc, RunInProgressError)
-        result = JobResult(
-            run_id=self._options["run_id"] if self._job is None else self._job.run_id,
-            state="running" if is_other else "interrupted" if code == Exit.INTERRUPTED else "failed",
-            exit_code=code,
-            cause=cause_of(exc),
-            error=type(exc).__name__,
-            seconds=round(time.time() - self._started, 3),
-        )
+        failure = failure_of(exc, self._started)
+        if is_other:
+            failure["state"] = "running"
+        result = JobResult(self._options["run_id"] if self._job is None else self._job.run_id, **failure)
         # The run of another driver is its own to describe; one that never began leaves nothing, unless it was named.
         if self._job is not None and not is_other and (self._options["run_id"] or self._job.has_begun):
             result.publish(self._job.store)

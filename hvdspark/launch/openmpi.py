@@ -22,7 +22,7 @@ from hvdspark.errors import RendezvousError
 from hvdspark.launch import guard, pmix
 from hvdspark.launch.lines import connect
 from hvdspark.launch.pmix import Manager
-from hvdspark.launch.process import recipe_of
+from hvdspark.launch.process import recipe_of, script_of
 
 # Its name, and that of its library, under which programs are linked to it.
 OPEN_MPI, LIBRARY = "Open MPI", "libmpi.so.40"
@@ -94,9 +94,10 @@ class HostServer:
         connection = connect(manager, token, size + place, _CONNECT_TIMEOUT_S)
         self._lifeline, guards_end = socket.socketpair()
         with connection, guards_end, tempfile.TemporaryFile(dir=folder) as log:
-            server = [sys.executable, "-I", "-S", pmix.__file__, str(connection.fileno()), library, str(place), folder]
+            arguments = [str(connection.fileno()), library, str(place), folder]
+            server = [sys.executable, "-I", "-S", *script_of(pmix), *arguments]
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", guard.__file__, str(guards_end.fileno()), *server],
+                [sys.executable, "-I", "-S", *script_of(guard), str(guards_end.fileno()), *server],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,

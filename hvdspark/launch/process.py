@@ -20,6 +20,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import IO
 
 from hvdspark.launch import guard
@@ -172,10 +173,9 @@ class ColdProcess(TrainingProcess):
 
     def _start(self, stdin: int, output: int, answers: int) -> None:
         worker = [sys.executable, "-m", "hvdspark.worker", str(answers), *self._recipe.modules]
-        program = _guards_program()
         with self._guards_end as guards_end:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", *program, str(guards_end.fileno()), *worker],
+                [sys.executable, "-I", "-S", *script_of(guard), str(guards_end.fileno()), *worker],
                 stdin=stdin,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -193,9 +193,10 @@ class ColdProcess(TrainingProcess):
         self._process.wait()
 
 
-def _guards_program() -> list[str]:
-    """Return the arguments by which an interpreter runs the guard as a script."""
-    if Path(guard.__file__).is_file():
-        return [guard.__file__]
+def script_of(module: ModuleType) -> list[str]:
+    """Return the arguments by which an interpreter runs a module as a script; they stand before the script's own."""
+    path = module.__file__
+    if path is not None and Path(path).is_file():
+        return [path]
     # What came with --py-files is imported from the zip, where no script is.
-    return ["-c", inspect.getsource(guard)]
+    return ["-c", inspect.getsource(module)]

@@ -10,12 +10,10 @@ from dataclasses import dataclass
 
 from hvdspark.errors import ParamError, StoreError, closest
 from hvdspark.metrics import Mode, improves, rises
-from hvdspark.runs import run_folder
+from hvdspark.runs import MODEL, run_folder
 from hvdspark.store import Store
 
 logger = logging.getLogger(__name__)
-
-MODEL = "model"
 
 
 @dataclass(frozen=True)
