@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,14 @@ def test_an_unknown_interface_is_an_error_that_lists_those_there_are(spark: Spar
 
 
 def test_ranks_that_do_not_begin_in_time_are_named_and_ended(spark: SparkSession) -> None:
-    with pytest.raises(LaunchTimeoutError, match=r"^rank \d on .*did not begin within 0\.01 s.*raise start_timeout"):
-        hvdspark.run(lambda: None, num_proc=2, start_timeout=0.01)
+    class Unending:
+        """What a rank is not through reading when its time is over, however fast it started."""
+
+        def __reduce__(self) -> tuple[Callable[[float], None], tuple[int]]:
+            return time.sleep, (600,)
+
+    with pytest.raises(LaunchTimeoutError, match=r"^rank \d on .*did not begin within 1 s.*raise start_timeout"):
+        hvdspark.run(lambda _: None, (Unending(),), num_proc=2, start_timeout=1)
 
 
 def test_a_cancelled_job_takes_its_training_processes_along(spark: SparkSession, tmp_path: Path) -> None:

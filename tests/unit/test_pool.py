@@ -39,9 +39,10 @@ def _own_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     """A folder of sockets for this test alone, whose parents end with it."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     yield
-    for process in parents():
+    for process in pool._started:
         process.kill()
-    psutil.wait_procs(parents(), timeout=10)
+        process.wait()
+    pool._started.clear()
 
 
 @pytest.fixture
