@@ -57,6 +57,7 @@ CASES = (
     Case("train-mpi", "the training step over MPI", "benchmarks.train", {"controller": "mpi"}),
     Case("startup", "from fit() to the first step", "benchmarks.startup"),
     Case("fit", "whole fits, transform and memory, beside horovod.spark", "benchmarks.fit"),
+    Case("crossval", "a cross-validation from the warm pool", "benchmarks.crossval"),
     Case("transform-mlp", "transform, an MLP", "benchmarks.transform", {"kind": "mlp"}),
     Case("transform-convnet", "transform, a convolutional network", "benchmarks.transform", {"kind": "convnet"}),
     Case("direct", "fit without Parquet in between", "benchmarks.direct"),
