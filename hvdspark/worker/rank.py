@@ -113,6 +113,18 @@ def _run(payload: bytes, own: bytes, pulse: Pulse) -> bool:
 
 
 def _is_peer_error(exc: BaseException) -> bool:
+    """Whether an error is a lost peer's doing, be it that the user's own code has raised another one because of it."""
+    seen = set[int]()
+    found: BaseException | None = exc
+    while found is not None and id(found) not in seen:
+        if _tells_of_lost_peer(found):
+            return True
+        seen.add(id(found))
+        found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
+    return False
+
+
+def _tells_of_lost_peer(exc: BaseException) -> bool:
     if _MISMATCH.search(str(exc)):
         return False
     names = {cls.__name__ for cls in type(exc).__mro__}

@@ -88,6 +88,27 @@ def test_a_killed_rank_ends_the_job_at_once_and_is_named(spark: SparkSession) ->
     assert caught.value.root_cause == 0
 
 
+def test_a_killed_rank_is_named_though_its_peer_raises_an_error_of_its_own_because_of_it(spark: SparkSession) -> None:
+    def killed() -> None:
+        import horovod.tensorflow as hvd
+        import tensorflow as tf
+
+        hvd.init()
+        hvd.allreduce(tf.zeros(3), name="both are there")
+        if hvd.rank() == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        for step in range(1_000_000):
+            try:
+                hvd.allreduce(tf.zeros(3), name=f"step {step}")
+            except Exception as exc:
+                raise RuntimeError(f"step {step} failed") from exc
+
+    with pytest.raises(WorkerFailedError, match=r"^rank 0 on .*SIGKILL") as caught:
+        hvdspark.run(killed, num_proc=2)
+    assert caught.value.is_passing
+    assert caught.value.failures[1].startswith("RuntimeError: step ")
+
+
 def test_too_many_ranks_are_refused_without_a_job(spark: SparkSession) -> None:
     started = time.monotonic()
     with pytest.raises(NotEnoughSlotsError, match="needs 4 slots, the cluster can run 2 at once") as caught:

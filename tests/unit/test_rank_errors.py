@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
+from horovod.common.exceptions import HorovodInternalError
 
 from hvdspark.worker.rank import _is_peer_error, _one_line
 
@@ -71,3 +72,29 @@ def test_ranks_that_do_not_do_the_same_have_lost_no_peer(text: str, expected: bo
     error = tf.errors.FailedPreconditionError(None, None, HOROVOD + text)
     assert _is_peer_error(error) is expected
     assert _one_line(error) == f"FailedPreconditionError: {text}"
+
+
+def wrapped(cause: BaseException) -> None:
+    raise RuntimeError("step 7 failed") from cause
+
+
+def while_handling(cause: BaseException) -> None:
+    try:
+        raise cause
+    except type(cause):
+        raise RuntimeError("step 7 failed")  # noqa: B904 - as users write it
+
+
+@pytest.mark.parametrize("wrap", [wrapped, while_handling])
+def test_a_lost_peer_is_known_in_what_the_users_code_makes_of_it(wrap: Any) -> None:
+    error = caught(lambda: wrap(HorovodInternalError("Connection closed by peer")))
+    assert _is_peer_error(error)
+    assert _one_line(error) == "RuntimeError: step 7 failed"
+    assert not _is_peer_error(caught(lambda: wrap(LookupError("Connection closed by peer"))))
+    assert not _is_peer_error(caught(lambda: wrap(HorovodInternalError("Mismatched data types: float32"))))
+
+
+def test_errors_that_refer_to_each_other_are_looked_at_once() -> None:
+    first, second = ValueError("first"), ValueError("second")
+    first.__cause__, second.__cause__ = second, first
+    assert not _is_peer_error(first)
