@@ -106,7 +106,9 @@ def _run(payload: bytes, own: bytes, pulse: Pulse) -> bool:
         result = cloudpickle.dumps(job.call())
     except BaseException as exc:  # noqa: BLE001 - whatever it is, the driver must hear of it
         kind = "peer" if _is_peer_error(exc) else "user"
-        pulse.send(FAILED, "\0".join((kind, _one_line(exc), _users_traceback(exc))).encode())
+        # A zero ends the line; what is no Unicode (a name of a file, say) is told by its bytes.
+        line = _one_line(exc).replace("\0", "\\x00")
+        pulse.send(FAILED, "\0".join((kind, line, _users_traceback(exc))).encode(errors="backslashreplace"))
         return False
     pulse.send(DONE, result)
     return True
@@ -125,13 +127,13 @@ def _is_peer_error(exc: BaseException) -> bool:
 
 
 def _tells_of_lost_peer(exc: BaseException) -> bool:
-    if _MISMATCH.search(str(exc)):
+    if _MISMATCH.search(_message(exc)):
         return False
     names = {cls.__name__ for cls in type(exc).__mro__}
     if names & _PEER_ERRORS:
         return True
     is_framework_error = any(cls.__module__.startswith("tensorflow") for cls in type(exc).__mro__)
-    return is_framework_error and any(mark in str(exc) for mark in _PEER_MARKS)
+    return is_framework_error and any(mark in _message(exc) for mark in _PEER_MARKS)
 
 
 def _users_traceback(exc: BaseException) -> str:
@@ -143,8 +145,15 @@ def _users_traceback(exc: BaseException) -> str:
     return "".join(found.format())
 
 
+def _message(exc: BaseException) -> str:
+    try:
+        return str(exc)
+    except Exception:  # noqa: BLE001 - it is the user's own code
+        return "<exception str() failed>"  # as in Python's tracebacks
+
+
 def _one_line(exc: BaseException) -> str:
-    text = str(exc).strip()
+    text = _message(exc).strip()
     wrapped = _IN_USER_CODE.match(text)
     lines = [wrapped[1]] if wrapped else text.splitlines()
     telling = [line for line in lines if not _FRAMING.match(line)] or lines

@@ -89,6 +89,26 @@ def test_a_user_error_comes_back_with_type_message_traceback_and_last_lines(run:
     assert failure.log_tail == "before the error"
 
 
+def test_an_error_whose_message_is_no_text_comes_back_all_the_same(run: Callable[..., Outcome]) -> None:
+    class SpeechlessError(Exception):
+        def __str__(self) -> str:
+            raise TypeError("not everything is text")
+
+    def broken(error: Exception) -> None:
+        raise error
+
+    said = {
+        "FileNotFoundError: no caf\\udce9.csv": FileNotFoundError("no caf\udce9.csv"),
+        "ValueError: 'a\\x00b' is no name": ValueError("'a\0b' is no name"),
+        "SpeechlessError: <exception str() failed>": SpeechlessError(),
+    }
+    for line, error in said.items():
+        failure = run(broken, error).failure
+        assert failure is not None
+        assert (failure.kind, failure.error) == ("user", line)
+        assert "in broken" in failure.details
+
+
 def test_a_lost_peer_is_told_from_an_error_of_the_users_own(run: Callable[..., Outcome]) -> None:
     class HorovodInternalError(RuntimeError):
         pass
