@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from hvdspark.launch import pool
 from hvdspark.launch.alarm import Alarm
@@ -142,7 +142,7 @@ class Child:
         kind: FailureKind
         if answer is not None:
             said, error, details = answer[1].decode(errors="replace").split("\0", 2)
-            kind = "peer" if said == "peer" else "user"
+            kind = cast(FailureKind, said)
         else:
             kind, error = _describe_end(process, answers, patience, kills_for_memory() - kills_before)
             details = stacks

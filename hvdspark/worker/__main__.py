@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from hvdspark.worker.rank import preload, serve
+from hvdspark.worker.rank import serve_after
 
 if __name__ == "__main__":
-    preload(sys.argv[2:])
-    serve(int(sys.argv[1]))
+    serve_after(sys.argv[2:], int(sys.argv[1]))

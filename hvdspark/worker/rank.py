@@ -21,12 +21,13 @@ import tempfile
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import BinaryIO, NoReturn
 
 import cloudpickle
 
 from hvdspark.launch import fabric, gpus
 from hvdspark.launch.answers import DONE, FAILED, READY
+from hvdspark.launch.failures import FailureKind
 from hvdspark.launch.guard import STACKS, STACKS_SIGNAL
 from hvdspark.launch.process import ASKED, BLOCK
 from hvdspark.worker import imports, pmi
@@ -70,13 +71,25 @@ def preload(modules: Iterable[str]) -> None:
     gc.enable()
 
 
-def serve(answers: int) -> NoReturn:
+def serve_after(modules: Iterable[str], answers: int) -> NoReturn:
+    """Import modules, then do as :func:`serve`; that they cannot be imported is told to the task."""
+    hindrance = None
+    try:
+        preload(modules)
+    except BaseException as exc:  # noqa: BLE001 - whatever it is, the driver must hear of it
+        hindrance = exc
+    serve(answers, hindrance)
+
+
+def serve(answers: int, hindrance: BaseException | None = None) -> NoReturn:
     """Run the job that comes through standard input and end the process.
 
     Parameters
     ----------
     answers
         The descriptor through which to answer.
+    hindrance
+        Why it cannot be run, if so: that is the answer then.
     """
     os.environ.update(json.loads(_read_block(sys.stdin.buffer)))
     imports.asked(float(os.environ.pop(ASKED)))
@@ -92,11 +105,22 @@ def serve(answers: int) -> NoReturn:
         # starts.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [STACKS_SIGNAL])
         faulthandler.register(STACKS_SIGNAL, open(os.environ.pop(STACKS), "w"))  # noqa: PTH123, SIM115
-    mpi = pmi.join()
-    _finish(_run(payload, own, Pulse(answers)), mpi)
+    pulse = Pulse(answers)
+    if hindrance is not None:
+        _end_with(hindrance, "start", pulse)
+    try:
+        mpi = pmi.join()
+    except BaseException as exc:  # noqa: BLE001 - as above
+        _end_with(exc, "meet", pulse)
+    _run(payload, own, pulse)
+    # Interpreter teardown can hang in native threads that wait for peers which are gone; so only what must be is done.
+    atexit._run_exitfuncs()
+    if mpi is not None and not mpi.Is_finalized():
+        mpi.Finalize()
+    _end(0)
 
 
-def _run(payload: bytes, own: bytes, pulse: Pulse) -> bool:
+def _run(payload: bytes, own: bytes, pulse: Pulse) -> None:
     try:
         job = cloudpickle.loads(payload)
         if own:
@@ -104,14 +128,25 @@ def _run(payload: bytes, own: bytes, pulse: Pulse) -> bool:
         pulse.send(READY)
         pulse.start()
         result = cloudpickle.dumps(job.call())
-    except BaseException as exc:  # noqa: BLE001 - whatever it is, the driver must hear of it
-        kind = "peer" if _is_peer_error(exc) else "user"
-        # A zero ends the line; what is no Unicode (a name of a file, say) is told by its bytes.
-        line = _one_line(exc).replace("\0", "\\x00")
-        pulse.send(FAILED, "\0".join((kind, line, _users_traceback(exc))).encode(errors="backslashreplace"))
-        return False
+    except BaseException as exc:  # noqa: BLE001 - as above
+        _end_with(exc, "peer" if _is_peer_error(exc) else "user", pulse)
     pulse.send(DONE, result)
-    return True
+
+
+def _end_with(exc: BaseException, kind: FailureKind, pulse: Pulse) -> NoReturn:
+    """Tell the task of an error and end."""
+    # A zero ends the line; what is no Unicode (a name of a file, say) is told by its bytes.
+    line = _one_line(exc).replace("\0", "\\x00")
+    pulse.send(FAILED, "\0".join((kind, line, _users_traceback(exc))).encode(errors="backslashreplace"))
+    _end(1)
+
+
+def _end(code: int) -> NoReturn:
+    """End at once, whatever other threads do."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _is_peer_error(exc: BaseException) -> bool:
@@ -158,18 +193,6 @@ def _one_line(exc: BaseException) -> str:
     lines = [wrapped[1]] if wrapped else text.splitlines()
     telling = [line for line in lines if not _FRAMING.match(line)] or lines
     return f"{type(exc).__name__}: {_NODE.sub('', telling[0])}" if telling else type(exc).__name__
-
-
-def _finish(succeeded: bool, mpi: Any) -> NoReturn:
-    """End at once. Interpreter teardown can hang in native threads that wait for peers which are gone."""
-    if succeeded:
-        atexit._run_exitfuncs()
-        if mpi is not None and not mpi.Is_finalized():
-            mpi.Finalize()
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0 if succeeded else 1)
 
 
 def _read_block(stream: BinaryIO) -> bytes:

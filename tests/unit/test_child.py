@@ -19,11 +19,14 @@ import psutil
 import pytest
 
 import hvdspark
+from hvdspark.errors import LaunchError, RendezvousError
 from hvdspark.launch import pool
 from hvdspark.launch.child import Child, Patience
-from hvdspark.launch.failures import Outcome
+from hvdspark.launch.failures import Outcome, error_of
 from hvdspark.launch.guard import STACKS
+from hvdspark.launch.mpi import ProcessManager, mpi_environment
 from hvdspark.launch.process import recipe_of
+from hvdspark.launch.topology import rank_environment
 from hvdspark.plan import RankContext
 from hvdspark.worker.job import Job
 
@@ -107,6 +110,29 @@ def test_an_error_whose_message_is_no_text_comes_back_all_the_same(run: Callable
         assert failure is not None
         assert (failure.kind, failure.error) == ("user", line)
         assert "in broken" in failure.details
+
+
+def test_a_module_that_cannot_be_imported_ahead_is_named(start: str) -> None:
+    with Child(recipe_of({}, ("json", "no_such_framework")), warm=start == "warm") as child:
+        failure = child.run(cloudpickle.dumps(Job(len, ("",))), CONTEXT, {}, None, Patience(60)).failure
+    assert failure is not None
+    assert (failure.kind, failure.error) == ("start", "ModuleNotFoundError: No module named 'no_such_framework'")
+    error = error_of([failure])
+    assert isinstance(error, LaunchError)
+    assert str(error).startswith("rank 1 on here: ModuleNotFoundError: No module named 'no_such_framework'\n")
+
+
+def test_an_mpi_that_does_not_come_up_is_told_by_its_own_words(start: str) -> None:
+    with (
+        ProcessManager("127.0.0.1", ["127.0.0.1"], [0, 0], "token") as manager,
+        Child(recipe_of({"MPI4PY_LIBMPI": "/no/such/libmpi.so"}, ("json",)), warm=start == "warm") as child,
+    ):
+        environment = mpi_environment(manager.address, "token") | rank_environment(CONTEXT)
+        failure = child.run(cloudpickle.dumps(Job(len, ("",))), CONTEXT, environment, None, Patience(60)).failure
+    assert failure is not None
+    assert (failure.kind, failure.error) == ("meet", "RuntimeError: cannot load MPI library")
+    assert "/no/such/libmpi.so" in failure.details
+    assert isinstance(error_of([failure]), RendezvousError)
 
 
 def test_a_lost_peer_is_told_from_an_error_of_the_users_own(run: Callable[..., Outcome]) -> None:
