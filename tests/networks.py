@@ -178,6 +178,21 @@ def inside(host: Host) -> Iterator[None]:
             enter(before.fileno())
 
 
+@contextlib.contextmanager
+def rdma_on(host: Host) -> Iterator[None]:
+    """Have a host show an RDMA device that is up, though there is none."""
+    kept, port = host.temporary / "class-net", "/sys/class/infiniband/mlx5_0/ports/1"
+    host.do(
+        f"mkdir {kept}; mount --bind /sys/class/net {kept}; mount -t tmpfs none /sys/class; mkdir -p /sys/class/net"
+        f" {port}; mount --move {kept} /sys/class/net; rmdir {kept};"
+        f" echo '4: ACTIVE' > {port}/state; echo InfiniBand > {port}/link_layer"
+    )
+    try:
+        yield
+    finally:
+        host.do("umount --lazy /sys/class/net /sys/class")
+
+
 class HostsCluster(Cluster):
     """A standalone cluster over hosts: its master on the driver's, workers on others.
 

@@ -6,7 +6,7 @@ import contextlib
 import ctypes.util
 import importlib.util
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from hvdspark.launch import mpi, openmpi, topology
@@ -51,22 +51,29 @@ def open_servers(
     return found
 
 
-def admit(servers: Iterable[LineServer | RendezvousServer], peers: Sequence[topology.Peer], mpi_name: str) -> None:
+def admit(
+    servers: Mapping[str, LineServer | RendezvousServer], peers: Sequence[topology.Peer], plane: str, mpi_name: str
+) -> None:
     """Let the tasks in, now that they have met and it is known where they are.
 
     Parameters
     ----------
     servers
-        What is open beside the first rank.
+        What is open beside the first rank, by name.
     peers
         All tasks, with their addresses and machines.
+    plane
+        The control plane chosen; the server of another, to which nobody will come, is closed.
     mpi_name
         The MPI of all hosts, if they have the same.
     """
     # A server that was opened before it was known that all are on one machine listens on its address.
     hosts = {peer.address for peer in peers} | {topology.meeting_address(peers, peer.partition) for peer in peers}
     places = topology.host_numbers(topology.assign_ranks(peers))
-    for server in servers:
+    for name, server in servers.items():
+        if name in PLANES and name != plane:
+            server.close()
+            continue
         if isinstance(server, ProcessManager):
             server.place(places, servers=mpi_name == openmpi.OPEN_MPI)
         server.admit(hosts)
@@ -91,7 +98,7 @@ def choose(controller: str, *, hosts: int, mpis: Collection[str], all_have_rdma:
     mpis
         The MPIs of all hosts; an empty name for a host without.
     all_have_rdma
-        Whether each of them has an RDMA device that is up.
+        Whether each of them has an RDMA device that is up and may be used.
 
     Returns
     -------
@@ -106,7 +113,7 @@ def choose(controller: str, *, hosts: int, mpis: Collection[str], all_have_rdma:
     if len(set(mpis)) > 1:
         return "gloo", f"the hosts have different MPIs, {' and '.join(sorted(set(mpis)))}"
     if not all_have_rdma:
-        return "gloo", "not every host has an RDMA device that is up, and without one MPI is not ahead"
+        return "gloo", "not every host has an RDMA device that is up and may be used, and without one MPI is not ahead"
     return "mpi", "all hosts have RDMA devices, which Gloo cannot use"
 
 

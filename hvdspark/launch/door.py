@@ -105,6 +105,10 @@ class Door:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Listen no more and end all connections; does nothing the second time."""
         self._stop.close()
         self._knows_hosts.set()
         self._thread.join()

@@ -68,9 +68,10 @@ def rdma_ports(root: Path = _SYS) -> list[RdmaPort]:
     return sorted(found, key=lambda port: (port.device, port.number))
 
 
-def has_rdma() -> bool:
-    """Whether this host has an RDMA port that is up."""
-    return any(port.is_up for port in rdma_ports())
+def usable(ports: Sequence[RdmaPort], rdma: Rdma = "auto", nics: Sequence[str] = ()) -> list[RdmaPort]:
+    """Return the ports that are up and that the job may use; parameters as of :func:`fabric_environment`."""
+    allowed = [port for port in ports if not nics or {port.device, *port.interfaces} & set(nics)]
+    return [port for port in allowed if port.is_up] if rdma is not False else []
 
 
 def fabric_environment(
@@ -104,8 +105,7 @@ def fabric_environment(
     RendezvousError
         With ``rdma=True`` where there is no such port.
     """
-    allowed = [port for port in ports if not nics or {port.device, *port.interfaces} & set(nics)]
-    used = [port for port in allowed if port.is_up] if rdma is not False else []
+    used = usable(ports, rdma, nics)
     if rdma is True and not used:
         there = ", ".join(map(str, ports)) or "no RDMA device at all"
         among = f" among {', '.join(nics)}" if nics else ""

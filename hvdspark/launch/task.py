@@ -101,7 +101,7 @@ class Stage:
                     machine=devices.machine(),
                     servers={name: server.address for name, server in servers.items()},
                     mpi=mpi,
-                    has_rdma=options.controller == "auto" and fabric.has_rdma(),
+                    has_rdma=options.controller == "auto" and self._has_rdma(),
                     rows=None if rows is None else rows.report,
                     gpus=gpus.addresses_of(barrier.resources()),
                 )
@@ -112,7 +112,7 @@ class Stage:
                 agreed = agree(peers, offers, options.controller)
                 ranks = topology.assign_ranks(agreed.peers)
                 context = ranks[own]
-                control.admit(servers.values(), agreed.peers, agreed.mpi)
+                control.admit(servers, agreed.peers, agreed.plane, agreed.mpi)
                 alarm = stack.enter_context(Alarm(agreed.alarm, self.token, context.rank, _hosts(ranks)))
                 interface = devices.interface_of(topology.meeting_address(agreed.peers, own))
                 network = self._network(agreed, interface, context)
@@ -152,6 +152,9 @@ class Stage:
         if hindrance and self.options.controller == "mpi":
             raise RendezvousError(f"controller='mpi' cannot be on {context.host}: {hindrance}, or use 'gloo'")
         return name
+
+    def _has_rdma(self) -> bool:
+        return bool(fabric.usable(fabric.rdma_ports(), self.options.rdma, self.options.nics))
 
     def _open_host_server(
         self,

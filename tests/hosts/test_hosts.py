@@ -8,11 +8,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
-from networks import NAMES, NETWORKS, SLOTS, Site
+from networks import NAMES, NETWORKS, SLOTS, Site, rdma_on
 from openmpi import as_imported, executors_on, openmpi_python  # noqa: F401 - fixtures
 from pyspark.sql import SparkSession
 
@@ -52,8 +52,14 @@ def place() -> dict[str, Any]:
         "by_mpi": by_mpi,
         # Netid, state, two queues, this end, the other end, and perhaps whose it is.
         "listening": {row[4].rpartition(":")[0] for row in sockets if row[1] in ("LISTEN", "UNCONN")},
+        # What is no rank's, nor the daemon's of Spark's Python workers: where ranks meet.
+        "servers": [row[4] for row in sockets if row[1] == "LISTEN" and is_server(row)],
         "connected": {(row[4].rpartition(":")[0], row[5].rpartition(":")[0]) for row in sockets if row[1] == "ESTAB"},
     }
+
+
+def is_server(row: Sequence[str]) -> bool:
+    return "hvdspark-rank" not in row[-1] and not row[4].startswith("127.0.0.1:")
 
 
 @pytest.fixture
@@ -101,6 +107,20 @@ def test_ranks_know_who_is_on_their_host_and_keep_to_its_interface(
         assert all(here == own and there.startswith(f"{NETWORKS[nic]}.") for here, there in beyond)
     # What ranks meet at is on the first one's host; MPI's own sockets are there as long as the job.
     assert len(listening) == (2 if controller == "mpi" else 1)
+
+
+def test_mpi_is_taken_by_itself_where_all_hosts_have_rdma_and_then_nothing_waits_for_gloo(
+    spark: SparkSession, site: Site
+) -> None:
+    settings: dict[str, Any] = {"controller": "auto", "preload": ["tensorflow", "horovod.tensorflow"]}
+    with rdma_on(site.alpha), rdma_on(site.beta):
+        found = hvdspark.run(place, num_proc=SIZE, **settings)
+        without = hvdspark.run(place, num_proc=SIZE, rdma=False, **settings)
+    assert [rank["by_mpi"][:2] for rank in found] == [("MPICH", 11111)] * SIZE
+    assert [rank["servers"] for rank in found] == [[]] * SIZE
+    # Gloo's rendezvous is there as long as the job.
+    assert [rank["by_mpi"] for rank in without] == [None] * SIZE
+    assert len({server for rank in without for server in rank["servers"]}) == 1
 
 
 def test_a_host_that_offers_only_its_loopback_is_an_error_before_any_rank_works(spark: SparkSession) -> None:

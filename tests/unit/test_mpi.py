@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -234,6 +235,21 @@ def test_mpi_is_chosen_where_it_can_do_what_gloo_cannot(
     plane, reason = choose(controller, hosts=hosts, mpis=mpis, all_have_rdma=has_rdma)
     assert plane == expected
     assert why in reason
+
+
+@pytest.mark.parametrize("plane", control.PLANES)
+def test_only_the_server_of_the_plane_that_is_chosen_stays_open(plane: str) -> None:
+    peers = [topology.Peer(number, "here", "127.0.0.1", "a") for number in range(2)]
+    with contextlib.ExitStack() as stack:
+        servers = control.open_servers("auto", peers, 0, TOKEN, stack)
+        assert servers.keys() == set(control.PLANES)
+        control.admit(servers, peers, plane, "MPICH")
+        for name, server in servers.items():
+            if name == plane:
+                socket.create_connection(server.address, timeout=10).close()
+            else:
+                with pytest.raises(ConnectionRefusedError):
+                    socket.create_connection(server.address, timeout=10)
 
 
 def test_hosts_with_different_mpis_are_refused_by_name() -> None:
