@@ -103,16 +103,17 @@ class StateFiles:
         Raises
         ------
         StoreError
-            When it cannot be written; earlier states are there still.
+            When it cannot be written; earlier states are there still. Those that cannot be removed are only logged.
         """
         self._write(self._place(step, _SHARED), arrays)
         files = [_SHARED, *(_own_name(rank) for rank in range(self._size))]
         manifest = {"version": _VERSION, "step": step, "files": files, "info": dict(info)}
         self._store.publish_bytes(json.dumps(manifest).encode(), self._place(step, _MANIFEST))
-        before = [found for found in self._steps() if found < step]
-        whole = [found for found in before if self._store.exists(self._place(found, _MANIFEST))]
-        for old in set(before) - set(whole[max(0, len(whole) - self._keep + 1) :]) - {spared}:
-            self._store.delete(self._place(old))
+        try:
+            self._remove_old(step, spared)
+        except (StoreError, OSError) as exc:
+            # Who is told that this failed would give up the state that is whole now.
+            logger.warning("cannot look for checkpoints that are too many: %s", exc)
 
     def discard(self, step: int) -> None:
         """Remove what there is of a state that could not be written; raises :class:`StoreError` when it cannot."""
@@ -156,6 +157,16 @@ class StateFiles:
         for step in self._steps():
             if step != but:
                 self._store.delete(self._place(step))
+
+    def _remove_old(self, step: int, spared: int) -> None:
+        """Remove the states before a step that are too many; those that cannot be removed stay."""
+        before = [found for found in self._steps() if found < step]
+        whole = [found for found in before if self._store.exists(self._place(found, _MANIFEST))]
+        for old in set(before) - set(whole[max(0, len(whole) - self._keep + 1) :]) - {spared}:
+            try:
+                self._store.delete(self._place(old))
+            except StoreError as exc:
+                logger.warning("the checkpoint of step %d is too many, and stays: %s", old, exc)
 
     def _steps(self) -> list[int]:
         """List the steps of all states, whole or not."""

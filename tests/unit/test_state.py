@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from hvdspark import Store
-from hvdspark.errors import CorruptDatasetError
+from hvdspark.errors import CorruptDatasetError, StoreError
 from hvdspark.worker.state import StateFiles, _digest, pack, unpack
 
 
@@ -262,3 +262,22 @@ def test_a_state_that_could_not_be_written_takes_no_place_of_a_whole_one(store: 
     assert sorted(path.name[-2:] for path in place(store, 0, "x").parent.parent.iterdir()) == ["06", "15"]
     StateFiles(store, "run", 0, 2).discard(15)
     assert StateFiles(store, "run", 0, 2).latest() == 6
+
+
+@pytest.mark.parametrize("what", ["delete", "list"])
+def test_a_state_that_is_whole_counts_though_the_old_ones_cannot_be_removed(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    for step in (3, 6):
+        keep(store, step)
+
+    def refuse(_self: Store, *parts: str) -> None:
+        raise StoreError(f"cannot {what} {parts}", url="")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, what, refuse)
+        keep(store, 9)
+    assert StateFiles(store, "run", 0, 2).latest() == 9
+    assert "too many" in caplog.text
+    keep(store, 12)
+    assert sorted(path.name[-2:] for path in place(store, 0, "x").parent.parent.iterdir()) == ["09", "12"]
