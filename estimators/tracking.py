@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hvdspark.errors import ParamError
+from hvdspark.errors import ParamError, StoreError
 from hvdspark.plan import TrainResult
 from hvdspark.recording import Recording, first_line
 from hvdspark.registry import flatten
@@ -92,7 +92,11 @@ class MlflowTracking(Tracking):
             self._log("metrics", lambda batch=batch: self._client.log_batch(self._mlflow_run_id, metrics=batch))
 
     def _epochs(self, history: Mapping[str, Sequence[float]]) -> Iterator[tuple[int, float, Mapping[str, float]]]:
-        written = epochs_of(self._store, self._recording.record.run_id)
+        written: Sequence[Mapping[str, Any]] = ()
+        try:
+            written = epochs_of(self._store, self._recording.record.run_id)
+        except StoreError as exc:
+            logger.warning("%s: MLflow gets no times of epochs: %s", self._recording.record.run_id, exc)
         if written:
             for epoch in written:
                 ended = epoch.get("started", 0.0) + epoch.get("seconds", 0.0) + (epoch.get("validation_s") or 0.0)

@@ -21,6 +21,7 @@ from airflow.providers.apache.spark.hooks.spark_submit import SparkSubmitHook
 from airflow.providers.apache.spark.operators.spark_submit import SparkSubmitOperator
 from airflow.providers.common.compat.sdk import AirflowException, AirflowFailException
 
+from hvdspark.errors import StoreError
 from hvdspark.runs import run_folder
 from hvdspark.store import Store
 
@@ -152,7 +153,15 @@ class HvdSparkTrainOperator(SparkSubmitOperator):  # type: ignore[misc] # Airflo
         return printed or (None if published == earlier else published)
 
     def _published(self, run_id: str) -> dict[str, Any] | None:
-        return Store.create(self.store).read_json(run_folder(run_id), "result.json") if self.store else None
+        if not self.store:
+            return None
+        store = Store.create(self.store)
+        try:
+            return store.read_json(run_folder(run_id), "result.json")
+        except StoreError as exc:
+            # Where the driver's output reaches Airflow, nobody need read the Store from here.
+            self.log.warning("cannot look for the result of %s: %s", run_id, exc)
+            return None
 
     def _failure(self, context: Context, run_id: str, result: Mapping[str, Any]) -> AirflowException:
         """Make the error to raise of a result; the XCom keeps it, for callbacks and for tasks that run all the same."""

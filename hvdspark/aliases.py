@@ -93,9 +93,9 @@ def read_alias(store: Store, name: str) -> AliasEntry | None:
         When it cannot be read.
     """
     place = _place(name)
-    if not store.exists(place):
+    data = store.find_bytes(place)
+    if data is None:
         return None
-    data = store.read_bytes(place)
     try:
         return _from_json(data)
     except ValueError as exc:

@@ -144,6 +144,11 @@ def is_held(store: Store, folder: str, kind: str = "", *, but: str = "") -> bool
         Which leases.
     but
         The name of one that does not count, as :func:`held` gives it.
+
+    Raises
+    ------
+    StoreError
+        When a lease cannot be read: its holder may be at work.
     """
     names = [name for name in store.list(folder, FOLDER) if name.startswith(kind) and name.endswith(".json")]
     places = (f"{folder}/{FOLDER}/{name}" for name in names)

@@ -269,7 +269,7 @@ def discard(store: Store, run_id: str, is_wanted: Callable[[], bool] = lambda: F
         When it cannot be removed, or not wholly.
     """
     folder, place = run_folder(run_id), record_place(run_id)
-    before = store.read_bytes(place) if store.exists(place) else None
+    before = store.find_bytes(place)
     store.publish_bytes(REMOVED, place)
     wanted = True
     try:

@@ -254,8 +254,7 @@ def in_progress(store: Store, run_id: str) -> Iterator[None]:
 
 def is_removed(store: Store, run_id: str) -> bool:
     """Whether somebody has begun to remove the run, and is at it still or has died of it."""
-    place = record_place(run_id)
-    return store.exists(place) and store.read_bytes(place) == REMOVED
+    return store.find_bytes(record_place(run_id)) == REMOVED
 
 
 def busy(run_id: str) -> str:
@@ -322,10 +321,8 @@ def numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 def stored_record(store: Store, run_id: str) -> RunRecord | None:
     """Return a record as it was written, which of a run that is over without a word still says that it runs."""
-    if not store.exists(record_place(run_id)):
-        return None
-    data = store.read_bytes(record_place(run_id))
-    if data == REMOVED:
+    data = store.find_bytes(record_place(run_id))
+    if data is None or data == REMOVED:
         return None
     try:
         values = json.loads(data)

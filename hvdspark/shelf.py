@@ -194,7 +194,7 @@ def _doomed(store: Store, max_bytes: float, max_age_s: float) -> Iterator[Remove
 
 def _remove_unused(store: Store, folder: str) -> bool:
     """Remove a dataset, unless somebody begins to use it at this moment."""
-    entry = store.read_bytes(folder, _ENTRY) if store.exists(folder, _ENTRY) else None
+    entry = store.find_bytes(folder, _ENTRY)
     if entry is not None:
         # From here on nobody finds it; whoever found it before has a lease already.
         store.delete(folder, _ENTRY)

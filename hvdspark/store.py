@@ -34,6 +34,8 @@ _OBJECT_STORES = frozenset({"s3", "gs", "gcs", "abfs", "abfss", "az", "adl", "os
 # How a file is called while it is being written.
 _UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.part$")
 
+_ABSENT = (FileNotFoundError, NotADirectoryError)
+
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=-]*")
 _PASSWORD = re.compile(r"://[^/@]*:[^/@]+@")
 
@@ -181,8 +183,18 @@ class Store:
         return posixpath.join(self.url, *parts)
 
     def exists(self, *parts: str) -> bool:
-        """Whether there is a file or folder of that name."""
-        return bool(self._fs.exists(self.path(*parts)))
+        """Whether there is a file or folder of that name.
+
+        Raises
+        ------
+        StoreError
+            When that cannot be told.
+        """
+        with self._named("look for", *parts):
+            found = self._is_there(self.path(*parts))
+            if not found:
+                self._check_there()
+            return found
 
     def list(self, *parts: str) -> list[str]:
         """List the names in a folder, sorted, without files that are being written; an absent folder is empty.
@@ -215,13 +227,35 @@ class Store:
             When there is none, or it cannot be read.
         """
         with self._named("read", *parts):
-            return bytes(self._fs.cat_file(self.path(*parts)))
+            return self._content(self.path(*parts))
+
+    def find_bytes(self, *parts: str) -> bytes | None:
+        """Read a file; ``None`` where there is none.
+
+        Raises
+        ------
+        StoreError
+            When it cannot be read, or nobody can tell whether there is one.
+        """
+        with self._named("read", *parts):
+            try:
+                return self._content(self.path(*parts))
+            except _ABSENT:
+                self._check_there()
+                return None
 
     def read_json(self, *parts: str) -> dict[str, Any] | None:
-        """Read a JSON object; ``None`` where there is no such file, or something else is in it."""
+        """Read a JSON object; ``None`` where there is no such file, or something else is in it.
+
+        Raises
+        ------
+        StoreError
+            When it cannot be read, or nobody can tell whether there is one.
+        """
+        data = self.find_bytes(*parts)
         try:
-            found = json.loads(self.read_bytes(*parts))
-        except (StoreError, ValueError):
+            found = None if data is None else json.loads(data)
+        except ValueError:
             return None
         return found if isinstance(found, dict) else None
 
@@ -288,8 +322,14 @@ class Store:
         """
         if not parts:
             raise ParamError("name what to delete: the Store itself is never deleted", param="parts")
-        with self._named("delete", *parts), contextlib.suppress(FileNotFoundError):
-            self._fs.rm(self.path(*parts), recursive=True)
+        path = self.path(*parts)
+        with self._named("delete", *parts):
+            try:
+                self._fs.rm(path, recursive=True)
+            except OSError:
+                # HDFS has no word for what is absent.
+                if self._is_there(path):
+                    raise
 
     def delete_if_empty(self, *parts: str) -> None:
         """Remove a folder that has nothing in it; one that is not empty, or absent, stays as it is."""
@@ -342,6 +382,34 @@ class Store:
     def _is_object_store(self) -> bool:
         return bool(_OBJECT_STORES & _protocols(self._fs))
 
+    @property
+    def _is_hdfs(self) -> bool:
+        return "hdfs" in _protocols(self._fs)
+
+    def _content(self, path: str) -> bytes:
+        try:
+            return bytes(self._fs.cat_file(path))
+        except OSError as exc:
+            if exc.errno != errno.ESTALE:
+                raise
+            # NFS says so of a file that another host replaced while it was open.
+            return bytes(self._fs.cat_file(path))
+
+    def _is_there(self, path: str) -> bool:
+        """Look for a file or folder; unlike fsspec's own ``exists``, an error is none that it is absent."""
+        try:
+            if self.is_local:
+                Path(path).stat()
+            elif self._is_hdfs and posixpath.basename(path):
+                # pyarrow says of all that it cannot look up there that it is absent, also while nobody answers.
+                beside = self._fs.ls(posixpath.dirname(path), detail=False)
+                return posixpath.basename(path) in {posixpath.basename(entry.rstrip("/")) for entry in beside}
+            else:
+                self._fs.info(path)
+        except _ABSENT:
+            return False
+        return True
+
     def _make_folders(self, path: str) -> None:
         """Make a folder and those above it that are missing."""
         if not (self.is_local and self._private):
@@ -386,7 +454,7 @@ class Store:
             self._fs.rm_file(path)
 
     def _check_there(self) -> None:
-        if self._needed is not None and not self._fs.exists(self._needed):
+        if self._needed is not None and not self._is_there(self._needed):
             raise FileNotFoundError(
                 errno.ENOENT, "the folder has gone, or its file system is no longer mounted", self._needed
             )

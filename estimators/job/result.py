@@ -77,7 +77,7 @@ class JobResult:
 
 
 def read_result(store: Store, run_id: str) -> JobResult | None:
-    """Return what a job left in its run; ``None`` where there is nothing that can be read."""
+    """Return what a job left in its run; ``None`` where that is nothing, or makes no sense; errors as for reading."""
     values = store.read_json(run_folder(run_id), RESULT)
     try:
         return None if values is None else JobResult(**values)
@@ -117,7 +117,7 @@ class Notes:
 
     @classmethod
     def read(cls, store: Store, run_id: str) -> Self | None:
-        """Return the notes of a run; ``None`` where there are none that can be read."""
+        """Return the notes of a run; ``None`` where there are none, or none that make sense; errors as for reading."""
         values = store.read_json(run_folder(run_id), NOTES)
         try:
             return None if values is None else cls(**values)

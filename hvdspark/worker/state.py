@@ -111,7 +111,7 @@ class StateFiles:
         self._store.publish_bytes(json.dumps(manifest).encode(), self._place(step, _MANIFEST))
         try:
             self._remove_old(step, spared)
-        except (StoreError, OSError) as exc:
+        except StoreError as exc:
             # Who is told that this failed would give up the state that is whole now.
             logger.warning("cannot look for checkpoints that are too many: %s", exc)
 
@@ -126,6 +126,11 @@ class StateFiles:
         ----------
         fits
             Says by a state's step and info whether it can be gone on from.
+
+        Raises
+        ------
+        StoreError
+            When one cannot be read: it may well be whole, and all that was trained since the one before would be lost.
         """
         for step in reversed(self._steps()):
             try:
@@ -134,14 +139,20 @@ class StateFiles:
                     continue
                 for name in manifest["files"]:
                     self._read(self._place(step, name))
-            except (CorruptDatasetError, StoreError, OSError) as exc:
+            except CorruptDatasetError as exc:
                 logger.warning("the checkpoint of step %d is passed over: %s", step, exc)
                 continue
+            except StoreError as exc:
+                raise StoreError(
+                    f"{exc}. It belongs to the last checkpoint, and an older one is not taken in its place: try again"
+                    f" when it can be read. If it never will be, remove {self._store.url_of(self._place(step))}",
+                    url=exc.url,
+                ) from exc
             return step
         return None
 
     def load(self, step: int) -> State:
-        """Read a state; raises :class:`CorruptDatasetError` when it is not whole."""
+        """Read a state; raises :class:`CorruptDatasetError` when it is not whole, ``StoreError`` out of reach."""
         manifest = self._manifest(step)
         own = _own_name(self._rank)
         return State(
@@ -193,9 +204,9 @@ class StateFiles:
         self._store.publish_bytes(data + _digest(data), place)
 
     def _read(self, place: str) -> dict[str, np.ndarray[Any, Any]]:
-        if not self._store.exists(place):
+        content = self._store.find_bytes(place)
+        if content is None:
             raise CorruptDatasetError(f"there is no {self._store.url_of(place)}")
-        content = self._store.read_bytes(place)
         data, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
         if _digest(data) != digest:
             raise CorruptDatasetError(f"{self._store.url_of(place)} is damaged: its checksum does not fit")

@@ -191,6 +191,18 @@ def test_a_run_that_is_promoted_while_gc_looks_stays_as_it_was(store: Store, mon
     assert store.exists("runs/a/model.keras")
 
 
+@pytest.mark.parametrize("name", ["aliases/champion.json", "runs/a/leases/job-0123456789ab.json", "runs/a/run.json"])
+def test_nothing_is_removed_while_that_cannot_be_read_which_keeps_it(store: Store, name: str) -> None:
+    put(store, "a")
+    place = Path(store.path(name))
+    place.parent.mkdir(exist_ok=True)
+    place.unlink(missing_ok=True)
+    place.symlink_to(place.name)  # reading it is an error, and none that it is absent
+    with pytest.raises(StoreError, match="symbolic links"):
+        gc_runs(store, keep_last=0)
+    assert store.exists("runs/a/model.keras")
+
+
 def test_a_removal_that_was_cut_off_is_no_run_and_is_finished_by_the_next(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

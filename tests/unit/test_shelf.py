@@ -16,6 +16,7 @@ from unittest import mock
 import pytest
 
 from hvdspark import Store, lease, shelf
+from hvdspark.errors import StoreError
 from hvdspark.shelf import Removed, dataset_of
 
 KEY = "a1b2"
@@ -295,3 +296,17 @@ def test_a_lease_that_has_ended_is_held_no_longer_though_its_file_could_not_be_r
         monkeypatch.setattr(store.filesystem, "rm", unreachable)
     assert store.list(FOLDER, "leases")
     assert not lease.is_held(store, FOLDER)
+
+
+def test_a_lease_or_an_entry_that_cannot_be_read_keeps_the_dataset(store: Store) -> None:
+    with dataset_of(store, KEY, writer(store)) as dataset:
+        pass
+    for name in (f"{FOLDER}/leases/reader-000000000000.json", f"{FOLDER}/entry.json"):
+        place = Path(store.path(name))
+        place.parent.mkdir(exist_ok=True)
+        place.unlink(missing_ok=True)
+        place.symlink_to(place.name)  # reading it is an error, and none that it is absent
+        with pytest.raises(StoreError, match="symbolic links"):
+            store.gc(max_bytes=0, max_age_s=0)
+        assert store.exists(dataset)
+        place.unlink()

@@ -81,6 +81,17 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(store: Store, name: s
     assert StateFiles(store, "run", 0, 2).latest() == 3
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "shared.npz", "rank-0.npz", "rank-1.npz"])
+def test_a_state_that_cannot_be_read_is_not_passed_over(store: Store, name: str) -> None:
+    keep(store, 3)
+    keep(store, 6)
+    path = place(store, 6, name)
+    path.unlink()
+    path.symlink_to(name)  # reading it is an error, and none that it is absent
+    with pytest.raises(StoreError, match=r"symbolic links.*an older one is not taken .* remove .*state-000000000006"):
+        StateFiles(store, "run", 0, 2).latest()
+
+
 def test_a_state_that_is_not_whole_counts_for_nothing(store: Store) -> None:
     StateFiles(store, "run", 0, 2).write_own(5, {"own": np.zeros(1)})
     assert StateFiles(store, "run", 0, 2).latest() is None

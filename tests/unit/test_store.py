@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hadoop import folder_as_hdfs
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,9 +17,11 @@ from hvdspark.errors import ParamError, StoreError
 from hvdspark.store import Store
 
 
-@pytest.fixture(params=["local", "memory"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    return Store.create(tmp_path / "store" if request.param == "local" else f"memory://{tmp_path.name}")
+@pytest.fixture(params=["local", "memory", "hdfs"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    urls = {"local": f"{tmp_path}/store", "memory": f"memory://{tmp_path.name}", "hdfs": f"hdfs://host{tmp_path}/store"}
+    with folder_as_hdfs():
+        yield Store.create(urls[request.param])
 
 
 def test_what_is_published_is_read_back(store: Store) -> None:
@@ -210,14 +214,78 @@ def test_an_error_of_any_kind_of_file_system_is_a_store_error(monkeypatch: pytes
     def unreachable(*_: object, **__: object) -> None:
         raise RuntimeError  # as libraries for object stores do, and without a word
 
-    for name in ("makedirs", "pipe_file", "ls", "cat_file", "rm"):
+    for name in ("makedirs", "pipe_file", "ls", "cat_file", "rm", "info"):
         monkeypatch.setattr(store.filesystem, name, unreachable)
     uses = [
         lambda: store.publish_bytes(b"", "a"),
         lambda: store.list("a"),
         lambda: store.read_bytes("a"),
         lambda: store.delete("a"),
+        lambda: store.exists("a"),
+        lambda: store.find_bytes("a"),
+        lambda: store.read_json("a"),
     ]
     for use in uses:
-        with pytest.raises(StoreError, match=r"(?m)^cannot (write|list|read|delete) .*/store/a: RuntimeError$"):
+        with pytest.raises(StoreError, match=r"(?m)^cannot (write|list|read|delete|look for) .*/store/a: RuntimeError"):
             use()
+
+
+def test_what_is_absent_and_what_makes_no_sense_is_told_from_what_cannot_be_read(store: Store) -> None:
+    store.publish_bytes(b'{"a": 1}', "runs/a.json")
+    store.publish_bytes(b"{", "runs/torn.json")
+    store.publish_bytes(b"[]", "runs/list.json")
+    assert store.read_json("runs/a.json") == {"a": 1}
+    assert [store.read_json(name) for name in ("runs/torn.json", "runs/list.json", "runs/b.json", "x/b.json")] == [
+        None
+    ] * 4
+    assert (store.find_bytes("runs/torn.json"), store.find_bytes("runs/b.json")) == (b"{", None)
+    assert [store.exists(name) for name in ("runs", "runs/a.json", "runs/b.json", "x/b.json", "runs/a.json/x")] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
+
+
+def test_a_file_that_the_system_does_not_read_is_not_absent(tmp_path: Path) -> None:
+    store = Store.create(tmp_path)
+    Path(store.path("a.json")).symlink_to("a.json")
+    for look in (store.exists, store.find_bytes, store.read_json):
+        with pytest.raises(StoreError, match="symbolic links"):
+            look("a.json")
+
+
+def test_hdfs_that_does_not_answer_holds_what_it_held(tmp_path: Path) -> None:
+    with folder_as_hdfs():
+        store = Store.create(f"hdfs://host{tmp_path}/store")
+        store.publish_bytes(b"{}", "runs/a.json")
+        store.filesystem.is_reachable = False
+        for look in (store.exists, store.find_bytes, store.read_json):
+            with pytest.raises(StoreError, match="no NameNode answers"):
+                look("runs/a.json")
+
+
+def test_a_file_is_not_absent_where_its_store_has_gone(tmp_path: Path) -> None:
+    Store.create(tmp_path / "store").publish_bytes(b"x", "runs", "a")
+    store = Store.create(tmp_path / "store").within("runs")
+    (tmp_path / "store").rename(tmp_path / "aside")
+    for look in (store.exists, store.find_bytes, store.read_json):
+        with pytest.raises(StoreError, match="has gone, or its file system is no longer mounted"):
+            look("runs/a")
+
+
+def test_a_file_that_another_host_replaced_while_it_was_read_is_read_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store.create(tmp_path)
+    store.publish_bytes(b"new", "a")
+    read, stale = store.filesystem.cat_file, [OSError(errno.ESTALE, os.strerror(errno.ESTALE))]
+
+    def cat_file(path: str) -> Any:
+        if stale:
+            raise stale.pop()
+        return read(path)
+
+    monkeypatch.setattr(store.filesystem, "cat_file", cat_file)
+    assert store.read_bytes("a") == b"new"
