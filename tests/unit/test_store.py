@@ -67,6 +67,13 @@ def test_delete_takes_a_folder_with_what_is_in_it_but_never_the_store(store: Sto
         store.delete()
 
 
+def test_a_folder_that_is_not_empty_is_never_removed_as_an_empty_one(store: Store) -> None:
+    store.publish_bytes(b"x", "runs", "a", "b")
+    store.delete_if_empty("runs", "a")
+    store.delete_if_empty("nothing")
+    assert store.read_bytes("runs", "a", "b") == b"x"
+
+
 def test_a_missing_file_is_a_store_error_with_its_address(store: Store) -> None:
     with pytest.raises(StoreError, match="runs/absent") as caught:
         store.read_bytes("runs", "absent")
