@@ -8,9 +8,10 @@ from typing import Any
 import keras
 
 # Callbacks that write files; on other ranks than the first they would write the same files at the same time.
-_WRITERS = ("ModelCheckpoint", "TensorBoard", "CSVLogger", "BackupAndRestore", "RemoteMonitor")
+_WRITERS = ("ModelCheckpoint", "OrbaxCheckpoint", "TensorBoard", "CSVLogger", "BackupAndRestore", "RemoteMonitor")
 
-_BATCH_HOOKS = ("on_train_batch_begin", "on_train_batch_end", "on_batch_begin", "on_batch_end")
+_STEP_HOOKS = ("on_train_batch_begin", "on_train_batch_end", "on_batch_begin", "on_batch_end")
+_VALIDATION_STEP_HOOKS = ("on_test_batch_begin", "on_test_batch_end")
 
 
 def chosen(callbacks: Sequence[Any], *, is_first: bool) -> list[Any]:
@@ -18,10 +19,14 @@ def chosen(callbacks: Sequence[Any], *, is_first: bool) -> list[Any]:
     return [callback for callback in callbacks if is_first or not _is_writer(callback)]
 
 
-def watch_batches(callbacks: Sequence[Any]) -> bool:
-    """Whether any of them wants to be told of every step."""
-    base = keras.callbacks.Callback
-    return any(getattr(type(each), hook) is not getattr(base, hook) for each in callbacks for hook in _BATCH_HOOKS)
+def watch_steps(callbacks: Sequence[Any]) -> bool:
+    """Whether any of them wants to be told of every training step."""
+    return any(_acts(each, hook) for each in callbacks for hook in _STEP_HOOKS)
+
+
+def watch_validation_steps(callbacks: Sequence[Any]) -> bool:
+    """Whether any of them wants to be told of every step of validation."""
+    return any(_acts(each, hook) for each in callbacks for hook in _VALIDATION_STEP_HOOKS)
 
 
 def callback_list(callbacks: Sequence[Any], model: Any, epochs: int, steps: int) -> Any:
@@ -34,3 +39,9 @@ def callback_list(callbacks: Sequence[Any], model: Any, epochs: int, steps: int)
 def _is_writer(callback: Any) -> bool:
     """Whether a callback is, or derives from, one that writes files."""
     return any(cls.__name__ in _WRITERS for cls in type(callback).__mro__)
+
+
+def _acts(callback: Any, hook: str) -> bool:
+    """Whether a callback has a hook of its own: its class may define it, or the instance hold it, as LambdaCallback."""
+    found = getattr(callback, hook)
+    return getattr(found, "__func__", found) is not getattr(keras.callbacks.Callback, hook)

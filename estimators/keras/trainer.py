@@ -19,7 +19,7 @@ from hvdspark.estimators.keras import codec
 from hvdspark.estimators.keras.agreement import Agreement, describe
 from hvdspark.estimators.keras.allreduce import choose_allreduce
 from hvdspark.estimators.keras.batches import ENDLESS, Batches, packer
-from hvdspark.estimators.keras.callbacks import callback_list, chosen, watch_batches
+from hvdspark.estimators.keras.callbacks import callback_list, chosen, watch_steps, watch_validation_steps
 from hvdspark.estimators.keras.clock import StepClock
 from hvdspark.estimators.keras.feeding import StepFeed
 from hvdspark.estimators.keras.finite import FiniteGuard
@@ -226,7 +226,9 @@ class _Training:
         # The history last, as in Keras: it records what the others add to the logs.
         own = [*chosen(self._spec.callbacks, is_first=session.is_first), *self._event_files(), self._history]
         # Together: ranks that take another number of steps at a time would not stop at the same one.
-        self._watches_batches = session.any(watch_batches(own), "hvdspark_watch_batches")
+        self._watches_steps = session.any(watch_steps(own), "hvdspark_watch_steps")
+        # Validation has no step in which ranks meet.
+        self._watches_validation = watch_validation_steps(own)
         callbacks = callback_list(own, self._model, plan.epochs, plan.steps_per_epoch)
         # Where event files go is not for a checkpoint to say.
         kept = [each for each in callbacks.callbacks if not isinstance(each, RunTensorBoard)]
@@ -310,7 +312,7 @@ class _Training:
 
     def _run_steps(self, feed: StepFeed, callbacks: Any, epoch: int, step: int) -> np.ndarray:
         """Take the steps of one epoch from some step on; returns the rows of this rank by step, as far as it came."""
-        per_call = 1 if self._watches_batches else STEPS_PER_CALL
+        per_call = 1 if self._watches_steps else STEPS_PER_CALL
         interval, steps = self._spec.checkpoint_steps, self._plan.steps_per_epoch
         first = epoch * steps
         while step < steps:
@@ -320,7 +322,8 @@ class _Training:
             here = f"{self._epoch}, step {step + 1}"
             pulse.moved_on(f"{here}, waiting for rows")
             portion = feed.take(most, self._clock.waiting())
-            callbacks.on_train_batch_begin(step)
+            if self._watches_steps:
+                callbacks.on_train_batch_begin(step)
             pulse.moved_on(f"{here}, computing")
             self._journal.call(step, portion.count)
             facts = self._facts.of(first + step, first + step + portion.count)
@@ -331,7 +334,7 @@ class _Training:
             step += portion.count
             self._journal.called(step)
             pulse.moved_on(f"{here}, after it")
-            if self._watches_batches:
+            if self._watches_steps:
                 callbacks.on_train_batch_end(step - 1, current_metrics(self._model))
             if interval and (first + step) % interval == 0 and step < steps:
                 self._guard.check_weights(self._model.trainable_variables, epoch, step)
@@ -350,12 +353,16 @@ class _Training:
         self._model.reset_metrics()
         callbacks.on_test_begin()
         feed = StepFeed(self._val_batches, 1, fill=False)
-        left = steps
-        while left:
-            pulse.moved_on(f"{self._epoch}, validating, {left} steps left")
-            portion = feed.take(left)
+        done = 0
+        while done < steps:
+            pulse.moved_on(f"{self._epoch}, validating, {steps - done} steps left")
+            portion = feed.take(1 if self._watches_validation else steps - done)
+            if self._watches_validation:
+                callbacks.on_test_batch_begin(done)
             self._val_steps.take(portion)
-            left -= portion.count
+            done += portion.count
+            if self._watches_validation:
+                callbacks.on_test_batch_end(done - 1, current_metrics(self._model))
         rank = self._session.context.rank
         rows = sum(shards.rows_at(rank, step) for step in range(steps))
         logs = global_metrics(self._model, self._session, rows, "hvdspark_val_metrics")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +314,29 @@ def test_callbacks_run_on_every_rank_with_the_same_metrics_and_writers_on_rank_0
     assert len(first) == 3, "stop_training ends the training on all ranks"
     assert [json.loads(line)["loss"] for line in first] == model.getHistory()["loss"]
     assert len(csv.read_text().splitlines()) == 1 + 3
+
+
+def test_hooks_for_steps_that_a_callback_was_given_are_called_at_every_step(
+    spark: SparkSession, store: Store, tmp_path: Path
+) -> None:
+    def note(name: str) -> Callable[..., None]:
+        def hook(batch: int, logs: Any = None) -> None:
+            import os
+
+            with (tmp_path / f"{name}-{os.environ['HOROVOD_RANK']}").open("a") as file:
+                file.write(f"{batch} {'loss' in (logs or {})}\n")
+
+        return hook
+
+    names = ("on_train_batch_begin", "on_train_batch_end", "on_test_batch_begin", "on_test_batch_end")
+    callback = keras.callbacks.LambdaCallback(**{name: note(name) for name in names})
+    # Of 500 rows some 400 are for training: seven steps of two ranks, and two of validation.
+    estimator(store, callbacks=[callback], validation=0.2, epochs=1).fit(frame(spark, linear_rows(500)))
+    for name in names:
+        for rank in (0, 1):
+            lines = (tmp_path / f"{name}-{rank}").read_text().splitlines()
+            steps = 7 if "train" in name else 2
+            assert lines == [f"{step} {name.endswith('end')}" for step in range(steps)], name
 
 
 def test_the_best_epoch_is_kept_where_that_is_wanted(spark: SparkSession, store: Store) -> None:
