@@ -1,4 +1,4 @@
-"""What a DataFrame's rows depend on, as a short text: the query, and the state of the files that it reads.
+"""What a DataFrame's rows depend on, as a short text: the query, the session's settings, and the files that it reads.
 
 DataFrames of one fingerprint hold the same rows. Where that cannot be told (a table behind JDBC, a text file read
 through an RDD, a query that asks for the date), there is none, and no rows of an earlier fit are used again.
@@ -35,10 +35,25 @@ _TRANSPARENT = re.compile(
     "|Offset|OneRowRelation|Project|Range|Repartition|RepartitionByExpression|ResolvedHint|Sample|Sort|SubqueryAlias"
     "|Tail|Union|View|Window"
 )
+# Of those, the ones that give the same rows however the rows before them are shared out among partitions. A sample does
+# not, nor a limit, nor a choice of one row out of several.
+_BY_ROW = re.compile(
+    "Distinct|Except|Expand|Filter|Generate|Intersect|Join|LocalRelation|OneRowRelation|Project|Range|Repartition"
+    "|RepartitionByExpression|ResolvedHint|Sort|SubqueryAlias|Union|View"
+)
 _OPAQUE = re.compile(r"UD[AT]?F|^objects\.|Aggregator|Invoke|Reflect")
 
 # Different every time that it is run, or, for a subquery, with sources that are not among the query's own leaves.
 _CHANGING = re.compile(r"^Current(Date|Time)|^Now$|^LocalTimestamp|Subquery|^Exists$")
+
+# Settings that say where things are, or how they are shown, and change no row.
+_SQL = "spark.sql."
+_BESIDE_THE_ROWS = re.compile(r"spark\.sql\.(artifact|catalog|ui|warehouse)\.")
+# Settings that share rows out among partitions, and change nothing else.
+_SHARING = re.compile(
+    r"spark\.sql\.(adaptive\.|autoBroadcastJoinThreshold$|execution\.arrow\.maxRecordsPerBatch$|files\.(max|min|open)"
+    r"|join\.|leafNodeDefaultParallelism$|shuffle\.|sources\.bucketing\.)"
+)
 
 # RDDs that hold what the driver gave them, or compute on another one.
 _LASTING_RDDS = frozenset({"ParallelCollectionRDD", "MapPartitionsRDD", "PythonRDD", "UnionRDD", "CoalescedRDD"})
@@ -60,8 +75,10 @@ def fingerprint(df: DataFrame) -> str | None:
     Returns
     -------
     str or None
-        64 hexadecimal digits. The same query over the same files has the same ones in every session; where the query
-        holds code, the same DataFrame object within its session. ``None`` where nobody can tell.
+        64 hexadecimal digits. The same query over the same files has the same ones in every session whose settings
+        give the same rows: the time zone and most others of ``spark.sql`` count; parallelism, and settings that share
+        rows out among partitions, where the rows depend on that, as those of ``sample()`` and ``randomSplit()`` do.
+        Where the query holds code, the same DataFrame object within its session. ``None`` where nobody can tell.
     """
     try:
         found = _describe(df)
@@ -116,7 +133,29 @@ def _describe(df: DataFrame) -> str | None:
         query = f"{df.sparkSession.sparkContext.applicationId} {execution.id()}"
     else:
         query = json.dumps(_without_ids(nodes, {})) + plan.canonicalized().toString()
-    return "\n".join([query, *sources])
+    is_by_row = plan.deterministic() and all(map(_is_by_row, names))
+    return "\n".join([query, _settings(df, of_sharing=not is_by_row), *sources])
+
+
+def _settings(df: DataFrame, *, of_sharing: bool) -> str:
+    """Describe the session's settings that rows depend on; ``of_sharing``: those that share them out as well."""
+    context: Any = df.sparkSession.sparkContext
+    conf = df.sparkSession._jsparkSession.sessionState().conf()
+    settings = dict(item.split(" -> ", 1) for item in conf.getAllConfs().mkString("\0").split("\0") if item)
+    found = {
+        key: value
+        for key, value in settings.items()
+        if key.startswith(_SQL) and not _BESIDE_THE_ROWS.match(key) and (of_sharing or not _SHARING.match(key))
+    }
+    # What they are where nobody sets them: the version decides, and the process for these two.
+    found |= {
+        "version": context.version,
+        f"{_SQL}session.timeZone": conf.sessionLocalTimeZone(),
+        f"{_SQL}ansi.enabled": conf.ansiEnabled(),
+    }
+    if of_sharing:
+        found["parallelism"] = context.defaultParallelism
+    return json.dumps(found, sort_keys=True)
 
 
 def _classes(value: Any) -> Iterator[str]:
@@ -134,6 +173,12 @@ def _is_opaque(name: str) -> bool:
     if name.startswith(_EXPRESSION):
         return bool(_OPAQUE.search(name.removeprefix(_EXPRESSION)))
     return name != _FILES and _TRANSPARENT.fullmatch(name.removeprefix(_PLAN)) is None
+
+
+def _is_by_row(name: str) -> bool:
+    if name.startswith(_EXPRESSION) or name == _FILES:
+        return True
+    return _BY_ROW.fullmatch(name.removeprefix(_PLAN)) is not None
 
 
 def _without_ids(value: Any, numbers: dict[tuple[int, str], int]) -> Any:

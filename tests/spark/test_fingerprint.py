@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hvdspark.estimators.sources import FrameSource
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+from hvdspark import Store
 from hvdspark.data.fingerprint import fingerprint
 from hvdspark.data.materialize import dataset_key
 from hvdspark.data.partitions import Split
-from hvdspark.plan import ColumnSpec
+from hvdspark.data.planning import FitDraft
+from hvdspark.data.reader import ShardReader
+from hvdspark.data.shards import reads_of
+from hvdspark.plan import BatchSpec, ColumnSpec, FitPlan, TensorSpec
 
 ID = ColumnSpec("id", "scalar", "int64")
 
@@ -107,6 +115,145 @@ def test_options_of_a_reader_tell(spark: SparkSession, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("1,2\n3,4\n")
     first, second = (spark.read.csv(str(tmp_path / "rows.csv"), header=header) for header in (True, False))
     assert fingerprint(first) != fingerprint(second)
+
+
+def session_with(spark: SparkSession, **settings: str) -> SparkSession:
+    other = spark.newSession()
+    for name, value in settings.items():
+        other.conf.set(f"spark.sql.{name.replace('__', '.')}", value)
+    return other
+
+
+def split(df: DataFrame) -> list[DataFrame]:
+    return df.randomSplit([0.8, 0.2], 42)
+
+
+def ids_of(df: DataFrame) -> set[int]:
+    return {row["id"] for row in df.select("id").collect()}
+
+
+ONE_PARTITION = {"files__minPartitionNum": "1", "files__openCostInBytes": "1"}
+
+# Rows that depend on how those before them are shared out, and rows that do not.
+SHARED_OUT: dict[str, Callable[[DataFrame], DataFrame]] = {
+    "random split": lambda df: split(df)[0],
+    "sample": lambda df: df.sample(0.5, 3).where("x > 4"),
+    "random numbers": lambda df: df.where(F.rand(7) < 0.5),
+    "partition": lambda df: df.withColumn("p", F.spark_partition_id()),
+    "limit": lambda df: df.limit(5),
+    "one of several": lambda df: df.dropDuplicates(["x"]),
+    "first of a group": lambda df: df.groupBy("x").agg(F.first("id")),
+    "code": lambda df: df.mapInArrow(lambda batches: batches, "id long, x long"),
+}
+BY_ROW: dict[str, Callable[[DataFrame], DataFrame]] = {
+    "files": lambda df: df,
+    "filter and join": lambda df: df.where("x > 3").join(df.sparkSession.range(5), "id").repartition(3).sort("id"),
+}
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"files__maxPartitionBytes": "4000"},
+        {"files__minPartitionNum": "7"},
+        {"shuffle__partitions": "7"},
+        {"adaptive__enabled": "false"},
+        {"leafNodeDefaultParallelism": "7"},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_settings_that_share_rows_out_tell_where_the_rows_depend_on_that(
+    spark: SparkSession, folder: str, setting: dict[str, str]
+) -> None:
+    first, second = (session.read.parquet(folder) for session in (spark, session_with(spark, **setting)))
+    for name, query in SHARED_OUT.items():
+        assert fingerprint(query(first)) != fingerprint(query(second)), name
+    for name, query in BY_ROW.items():
+        assert fingerprint(query(first)) == fingerprint(query(second)), name
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"session__timeZone": "America/New_York"},
+        {"ansi__enabled": "false"},
+        {"files__ignoreCorruptFiles": "true"},
+        {"legacy__timeParserPolicy": "LEGACY"},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_settings_that_change_values_tell_in_every_query(
+    spark: SparkSession, folder: str, setting: dict[str, str]
+) -> None:
+    other = session_with(spark, **setting)
+    for name, query in BY_ROW.items():
+        first, second = (query(session.read.parquet(folder)) for session in (spark, other))
+        assert fingerprint(first) != fingerprint(second), name
+
+
+def test_settings_that_change_no_row_do_not_tell(spark: SparkSession, folder: str) -> None:
+    other = session_with(spark, session__timeZone="UTC", ansi__enabled="true", catalog__x__token="new")
+    for query in (*BY_ROW.values(), SHARED_OUT["random split"]):
+        assert fingerprint(query(spark.read.parquet(folder))) == fingerprint(query(other.read.parquet(folder)))
+
+
+def test_moments_of_a_text_file_in_another_zone_are_other_rows(spark: SparkSession, tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("2024-03-04 05:06:07\n")
+    sessions = [session_with(spark, session__timeZone=zone) for zone in ("UTC", "Asia/Tokyo")]
+    frames = [session.read.schema("t timestamp").csv(str(file)) for session in sessions]
+    first, second = (df.selectExpr("unix_micros(t)").first() for df in frames)
+    assert first != second
+    assert fingerprint(frames[0]) != fingerprint(frames[1])
+
+
+def fit_rows(df: DataFrame, store: Store) -> set[int]:
+    """Give the ids that a fit of the DataFrame trains on, those of an earlier one where it takes them for the same."""
+    batch = BatchSpec((TensorSpec(("id",)),), ())
+    draft = FitDraft("run", store.ref(), (ID,), batch, Split(), 1, 10, 10, 1, False, 0)
+    with FrameSource(df, store, keep=True).provided(draft, lambda: None) as work_for:
+        plan = work_for(1)
+        assert isinstance(plan, FitPlan)
+        with ShardReader(store, plan.dataset, plan.columns, reads_of(plan.train, 0)) as reader:
+            return {int(value) for blocks in reader for value in np.asarray(blocks["id"]).ravel()}
+
+
+def test_rows_split_off_with_other_partitions_never_meet_those_kept_of_an_earlier_fit(
+    spark: SparkSession, tmp_path: Path, store: Store
+) -> None:
+    path = str(tmp_path / "rows")
+    spark.range(3000).repartition(2).write.parquet(path)
+    train, test = split(spark.read.parquet(path))
+    assert fit_rows(train, store) == ids_of(train)
+
+    later_train, later_test = split(session_with(spark, **ONE_PARTITION).read.parquet(path))
+    assert ids_of(train) & ids_of(later_test), "the split does not depend on the partitions: this tests nothing"
+    assert not fit_rows(later_train, store) & ids_of(later_test)
+
+    # The same partitions again: the rows that were kept, and nothing is written.
+    written = store.sizes("datasets")
+    again_train, again_test = split(spark.newSession().read.parquet(path))
+    assert fit_rows(again_train, store) == ids_of(train)
+    assert ids_of(again_test) == ids_of(test)
+    assert store.sizes("datasets") == written
+
+
+def test_the_same_split_on_more_cores_is_another(spark: SparkSession, folder: str) -> None:
+    script = f"""
+import sys
+from pyspark.sql import SparkSession
+from hvdspark.data.fingerprint import fingerprint
+builder = SparkSession.builder.master("local[3]").config("spark.ui.enabled", "false")
+for name, value in {{"shuffle.partitions": "2", "session.timeZone": "UTC"}}.items():
+    builder = builder.config("spark.sql." + name, value)
+df = builder.getOrCreate().read.parquet({folder!r})
+print(fingerprint(df), fingerprint(df.randomSplit([0.8, 0.2], 42)[0]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    rows, train = done.stdout.split()
+    df = spark.read.parquet(folder)
+    assert rows == fingerprint(df)
+    assert train != fingerprint(split(df)[0])
 
 
 def udf(spark: SparkSession) -> DataFrame:
