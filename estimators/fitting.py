@@ -311,15 +311,15 @@ def trained_model(estimator: HorovodEstimator) -> HorovodModel | None:
         return None
     data = store.read_bytes(path)
     inputs, outputs = estimator._describe_trained(data)
-    result = TrainResult(_history(store, run_id), path, {}, 0.0, 0.0, tuple(inputs or ()), tuple(outputs or ()))
+    result = TrainResult(history_of(store, run_id), path, {}, 0.0, 0.0, tuple(inputs or ()), tuple(outputs or ()))
     model = estimator._make_model(data, result)
     model._resetUid(estimator.uid)
     estimator._copyValues(model)
     return model
 
 
-def _history(store: Store, run_id: str) -> dict[str, list[float]]:
-    """Read what the ranks left of each epoch."""
+def history_of(store: Store, run_id: str) -> dict[str, list[float]]:
+    """Return what the ranks left of each epoch: per metric its values, as ``getHistory`` has them."""
     history: dict[str, list[float]] = {}
     for epoch in epochs_of(store, run_id):
         for name, value in numbers(epoch["metrics"]).items():

@@ -22,7 +22,7 @@ from airflow.providers.apache.spark.operators.spark_submit import SparkSubmitOpe
 from airflow.providers.common.compat.sdk import AirflowException, AirflowFailException
 
 from hvdspark.errors import StoreError
-from hvdspark.runs import run_folder
+from hvdspark.runs import RESULT, run_folder
 from hvdspark.store import Store
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ class HvdSparkTrainOperator(SparkSubmitOperator):  # type: ignore[misc] # Airflo
             return None
         store = Store.create(self.store)
         try:
-            return store.read_json(run_folder(run_id), "result.json")
+            return store.read_json(run_folder(run_id), RESULT)
         except StoreError as exc:
             # Where the driver's output reaches Airflow, nobody need read the Store from here.
             self.log.warning("cannot look for the result of %s: %s", run_id, exc)

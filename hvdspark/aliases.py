@@ -21,15 +21,13 @@ from typing import Any
 
 from hvdspark import lease
 from hvdspark.errors import AliasConflictError, AliasError, ParamError
-from hvdspark.runs import published_model, require_run, run_folder
-from hvdspark.store import Store, _normalize
+from hvdspark.runs import NOTES, published_model, require_run, run_folder
+from hvdspark.store import Store, normalized
 
 ALIASES = "aliases"
 
 # How many earlier entries an alias keeps, to go back to: gc spares their runs. As many that were rolled back are noted.
 KEPT = 10
-
-# The published model in a run's folder begins so; see hvdspark.worker.checkpoint.
 
 _SUFFIX = ".json"
 _WRITER = "writer"
@@ -206,8 +204,7 @@ def rollback(store: Store, name: str, expected: str | None = None) -> AliasEntry
             what = "there is no such alias" if current is None else f"'{current.run_id}' is its first entry"
             raise AliasError(f"the alias '{name}' cannot be rolled back: {what}. Promote a run instead", alias=name)
         back = _rolled_back(current, time.time())
-        inside = path_in_store(store, back.model)
-        if inside is not None and not store.exists(inside):
+        if _is_gone(store, back.model):
             raise AliasError(
                 f"the alias '{name}' cannot be rolled back to the run '{back.run_id}': its model {back.model} is not"
                 f" in {store} any more. Promote another run instead",
@@ -225,17 +222,18 @@ def entry_of_run(store: Store, run_id: str, model: str | None = None) -> AliasEn
     store, run_id
         Which one.
     model
-        Address of what is to be used of it, such as a saved ``PipelineModel``; by default the model in its folder.
+        Address of what is to be used of it; by default the ``PipelineModel`` that its job has saved, and for the run
+        of a fit alone the model in its folder.
 
     Returns
     -------
     AliasEntry
-        With the metrics that are recorded of the run.
+        With the metrics of the job's evaluation, or else those that are recorded of the run.
 
     Raises
     ------
     ParamError
-        When there is no such run, it has not finished, or it has left no model.
+        When there is no such run, it has not finished, or the model is not there.
     """
     record = require_run(store, run_id)
     if record.state != "finished":
@@ -243,13 +241,19 @@ def entry_of_run(store: Store, run_id: str, model: str | None = None) -> AliasEn
         raise ParamError(
             f"the run '{run_id}' is {record.state}{reason}; only a finished run can be promoted", param="run_id"
         )
-    model = published_model(store, run_id) if model is None else model
-    if model is None:
+    notes = store.read_json(run_folder(run_id), NOTES)
+    if model is None and notes is not None and not notes.get("model"):
         raise ParamError(
-            f"the run '{run_id}' has no model in {store.url_of(run_folder(run_id))} any more; give the address of one",
-            param="model",
+            f"the run '{run_id}' is trained, but its job has not saved the pipeline yet; give its command again, which"
+            " goes on from there",
+            param="run_id",
         )
-    return AliasEntry(run_id, model, dict(record.metrics))
+    if model is None:
+        model = published_model(store, run_id) if notes is None else str(notes["model"])
+    if model is None or _is_gone(store, model):
+        where = store.url_of(run_folder(run_id)) if model is None else model
+        raise ParamError(f"the run '{run_id}' has no model in {where} any more; give the address of one", param="model")
+    return AliasEntry(run_id, model, dict((notes or {}).get("metrics") or record.metrics))
 
 
 def path_in_store(store: Store, model: str) -> str | None:
@@ -258,8 +262,17 @@ def path_in_store(store: Store, model: str) -> str | None:
     Addresses as Spark spells them are known, too: ``file:///shared/…``, ``s3a://…``.
     """
     is_address = model.startswith("/") or ":" in model.partition("/")[0]
-    inside = _normalize(model).removeprefix(f"{store.url}/") if is_address else model
+    inside = normalized(model).removeprefix(f"{store.url}/") if is_address else model
     return None if inside.startswith("/") or "://" in inside else inside
+
+
+def _is_gone(store: Store, model: str) -> bool:
+    """Whether a model that belongs into the Store is not there; of those elsewhere the Store knows nothing."""
+    inside = path_in_store(store, model)
+    try:
+        return inside is not None and not store.exists(inside)
+    except ParamError:
+        return False  # the user's own folder, with a name that the Store gives to none
 
 
 def _promoted(current: AliasEntry | None, new: AliasEntry) -> AliasEntry:

@@ -25,6 +25,8 @@ RECORD, LAUNCH, HISTORY = "run.json", "launch.json", "history.json"
 MODEL = "model"
 # What a job keeps in its run's folder: the fitted stages before the training, and all stages with the model.
 PREPARATION, PIPELINE = "preparation", "pipeline"
+# What it came to, and the notes by which it goes on.
+RESULT, NOTES = "result.json", "job.json"
 
 # Says in the place of a record that the run is no longer one, and that what is left of it has to go.
 REMOVED = b'{"removed": true}'

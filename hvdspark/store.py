@@ -87,7 +87,7 @@ class Store:
         self._options = dict(storage_options or {})
         self._max_dataset_bytes = max_dataset_bytes
         self._max_dataset_age_s = max_dataset_age_s
-        self.url = _normalize(os.fspath(url))
+        self.url = normalized(os.fspath(url))
         # A folder that must be there already, so that one which has gone is noticed, and not made anew.
         self._needed: str | None = None
         try:
@@ -474,7 +474,7 @@ class Store:
             raise StoreError(f"cannot {act} {url}: {str(exc) or type(exc).__name__}", url=url) from exc
 
 
-def _normalize(url: str) -> str:
+def normalized(url: str) -> str:
     """Spell a URL as fsspec does and drop slashes at its end."""
     scheme, separator, rest = url.partition("://")
     if not separator:

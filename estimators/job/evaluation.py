@@ -16,6 +16,7 @@ import pyarrow as pa
 from hvdspark.estimators.keras import codec
 from hvdspark.estimators.keras.model import KerasModel
 from pyspark.ml import PipelineModel
+from pyspark.ml.base import Transformer
 from pyspark.sql import DataFrame
 from pyspark.sql.types import StructType
 
@@ -69,13 +70,13 @@ class Yardstick:
         meter = _Meter(self._payload(batch))
         return [PREFIX + name for name in meter.results([meter.sums()])]
 
-    def measure(self, model: PipelineModel, rows: DataFrame) -> dict[str, float]:
-        """Score rows by a pipeline that ends in a Keras model, and evaluate what comes out.
+    def measure(self, model: Transformer, rows: DataFrame) -> dict[str, float]:
+        """Score rows by a Keras model or a pipeline that ends in one, and evaluate what comes out.
 
         Parameters
         ----------
         model
-            The fitted pipeline.
+            The fitted pipeline, or the model alone.
         rows
             With the labels, or what the pipeline makes them of.
 
@@ -133,14 +134,15 @@ class Yardstick:
         return payload
 
 
-def keras_stage(model: PipelineModel) -> KerasModel:
+def keras_stage(model: Transformer) -> KerasModel:
     """Return the last Keras model among a pipeline's stages; raises :class:`ModelFormatError` where there is none."""
-    for stage in reversed(model.stages):
+    stages = model.stages if isinstance(model, PipelineModel) else [model]
+    for stage in reversed(stages):
         if isinstance(stage, PipelineModel):
             return keras_stage(stage)
         if isinstance(stage, KerasModel):
             return stage
-    names = ", ".join(type(stage).__name__ for stage in model.stages) or "no stages"
+    names = ", ".join(type(stage).__name__ for stage in stages) or "no stages"
     raise ModelFormatError(f"the pipeline has no KerasModel to evaluate; it has: {names}")
 
 

@@ -10,10 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Self
 
 from hvdspark.errors import StoreError
-from hvdspark.runs import run_folder
+from hvdspark.runs import NOTES, RESULT, run_folder
 from hvdspark.store import Store
-
-RESULT, NOTES = "result.json", "job.json"
 
 logger = logging.getLogger(__name__)
 

@@ -7,17 +7,14 @@ import time
 from dataclasses import asdict, dataclass
 
 from hvdspark.estimators.job.config import Input
+from hvdspark.estimators.job.models import address_of, load_model
 from hvdspark.estimators.job.rows import read_rows
-from hvdspark.estimators.keras.model import KerasModel
-from pyspark.ml import PipelineModel
-from pyspark.ml.base import Transformer
-from pyspark.ml.util import DefaultParamsReader
 from pyspark.sql import DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 
-from hvdspark.aliases import read_alias
+from hvdspark.aliases import AliasEntry, read_alias
 from hvdspark.data.columns import find_field
-from hvdspark.errors import ModelFormatError, ParamError
+from hvdspark.errors import ParamError
 from hvdspark.store import Store
 from hvdspark.warmstart import ALIAS
 
@@ -89,8 +86,8 @@ class ScoreJob:
     columns: tuple[str, ...] = ()
     store: Store | None = None
 
-    def address(self) -> tuple[str, str | None]:
-        """Return the model's address, and its run where an alias named it.
+    def entry(self) -> AliasEntry | None:
+        """Return what the alias refers to; ``None`` where the model has an address.
 
         Raises
         ------
@@ -98,20 +95,24 @@ class ScoreJob:
             When there is no such alias, or no Store to look in.
         """
         if not self.model.startswith(ALIAS):
-            return self.model, None
+            return None
         name = self.model.removeprefix(ALIAS)
         if self.store is None:
             raise ParamError(f"--model {self.model}: give the Store that has the alias, with --store", param="store")
         entry = read_alias(self.store, name)
         if entry is None:
             raise ParamError(f"--model {self.model}: there is no alias '{name}' in {self.store}", param="model")
-        return entry.model, entry.run_id
+        return entry
 
     def run(self, session: SparkSession) -> ScoreResult:
         """Score; raises an :class:`HvdSparkError` for what cannot be read, scored or written."""
         started = time.time()
-        address, run_id = self.address()
-        scored = load_model(session, address).transform(read_rows(session, self.source))
+        entry = self.entry()
+        address, run_id = self.model, None
+        if entry is not None:
+            assert self.store is not None
+            address, run_id = address_of(session, self.store, entry), entry.run_id
+        scored = load_model(session, address, self.store).transform(read_rows(session, self.source))
         if self.columns:
             scored = _chosen(scored, self.columns)
         rows = self._write(scored)
@@ -131,23 +132,6 @@ class ScoreJob:
                 ) from exc
             raise
         return int(counted.get["rows"])
-
-
-def load_model(session: SparkSession, address: str) -> Transformer:
-    """Load a saved pipeline, or a Keras model alone.
-
-    Raises
-    ------
-    ModelFormatError
-        When there is neither.
-    """
-    try:
-        metadata = DefaultParamsReader.loadMetadata(address, session)
-    except Exception as exc:  # Spark's errors for an absent or foreign folder are of many kinds
-        raise ModelFormatError(f"there is no saved model in {address}: {str(exc).strip().splitlines()[0]}") from exc
-    if "hvdspark" in metadata:
-        return KerasModel.load(address)
-    return PipelineModel.load(address)
 
 
 def _chosen(scored: DataFrame, columns: tuple[str, ...]) -> DataFrame:

@@ -22,8 +22,9 @@ from hvdspark.estimators.job.config import RUN_ID, JobConfig
 from hvdspark.estimators.job.document import Document
 from hvdspark.estimators.job.evaluation import Yardstick, keras_stage
 from hvdspark.estimators.job.gate import Gate
+from hvdspark.estimators.job.models import address_of, load_model
 from hvdspark.estimators.job.places import spark_address
-from hvdspark.estimators.job.result import RESULT, JobResult, Notes, read_result
+from hvdspark.estimators.job.result import JobResult, Notes, read_result
 from hvdspark.estimators.job.rows import read_rows, require_rows, split_rows
 from hvdspark.estimators.keras.estimator import KerasEstimator
 from hvdspark.estimators.keras.model import KerasModel
@@ -33,7 +34,7 @@ from pyspark.sql import DataFrame, SparkSession
 from hvdspark.aliases import AliasEntry, promote, read_alias
 from hvdspark.errors import AliasConflictError, RunInProgressError
 from hvdspark.lease import held, is_held
-from hvdspark.runs import PIPELINE, PREPARATION, run_folder
+from hvdspark.runs import PIPELINE, PREPARATION, RESULT, run_folder
 from hvdspark.store import Store
 from hvdspark.warmstart import ALIAS
 
@@ -260,11 +261,13 @@ class TrainJob:
             held_out = held_out.persist()
             try:
                 assert notes.model is not None
-                model = PipelineModel.load(notes.model)
+                model = load_model(session, notes.model, self._store, building.custom_objects)
                 yardstick = self._yardstick(building, keras_stage(model)._outputs)
                 metrics = yardstick.measure(model, held_out)
                 if champion is not None:
-                    others = yardstick.measure(PipelineModel.load(champion.model), held_out)
+                    address = address_of(session, self._store, champion)
+                    other = load_model(session, address, self._store, building.custom_objects)
+                    others = yardstick.measure(other, held_out)
             finally:
                 held_out.unpersist()
         verdict = None if self._gate is None else self._gate.decide(metrics, others)

@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import cloudpickle
 from hvdspark.estimators.base import HorovodModel, tensors_from_json, tensors_to_json
+from hvdspark.estimators.fitting import history_of
 from hvdspark.estimators.keras import codec
 from hvdspark.estimators.persistence import Persistable
 
+from hvdspark.errors import ModelFormatError, ParamError
 from hvdspark.history import EpochRecord
 from hvdspark.plan import ModelTensor
+from hvdspark.runs import published_model, require_run
+from hvdspark.store import Store
 
 if TYPE_CHECKING:
     import keras
@@ -53,6 +57,49 @@ class KerasModel(HorovodModel, Persistable):
             When Keras cannot load it, for instance for want of ``custom_objects``.
         """
         return codec.model_from_bytes(self._data, self._custom_objects, safe_mode=self._safe_mode, origin=self._origin)
+
+    @classmethod
+    def of_run(cls, store: Store, run_id: str, custom_objects: Mapping[str, Any] | None = None) -> Self:
+        """Return the model that a finished run came to, with the columns that the run's record names.
+
+        Parameters
+        ----------
+        store, run_id
+            The run, of a ``KerasEstimator``.
+        custom_objects
+            The user's own classes and functions, by name.
+
+        Returns
+        -------
+        KerasModel
+            As ``fit`` gave it, without what the ranks measured.
+
+        Raises
+        ------
+        ParamError
+            When there is no such run, it has not finished, or its model is gone.
+        ModelFormatError
+            When the model cannot be loaded, or the record does not say what its columns are.
+        StoreError
+            When the Store cannot be read.
+        """
+        record, path = require_run(store, run_id), published_model(store, run_id)
+        if record.state != "finished" or path is None:
+            what = f"is {record.state}" if path else "has no model any more"
+            raise ParamError(f"the run '{run_id}' in {store} {what}; give one that is finished", param="run_id")
+        data, origin = store.read_bytes(path), store.url_of(path)
+        codec.require_whole(data, origin)
+        network = codec.model_from_bytes(data, custom_objects, compiled=False, origin=origin)
+        inputs, outputs = codec.describe(network)
+        if not outputs or not record.params.get("feature_cols"):
+            raise ModelFormatError(
+                f"the record of the run '{run_id}' in {store} does not say what {origin} takes and gives; save the"
+                " fitted model with write().save(path), and give that path"
+            )
+        model = cls(data, inputs or (), outputs, history_of(store, run_id), custom_objects)
+        model._assign({param.name: record.params.get(param.name) for param in model.params})
+        model._origin = origin
+        return model
 
     def _log_to_mlflow(self) -> None:
         from hvdspark.estimators.keras.mlflow_model import log_model

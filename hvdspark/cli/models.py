@@ -57,7 +57,9 @@ def show(url: str, as_json: bool, alias: str) -> None:
 @models.command("promote")
 @click.argument("alias")
 @click.argument("run")
-@click.option("--model", metavar="ADDRESS", help="Address of the saved PipelineModel; by default the run's own model.")
+@click.option(
+    "--model", metavar="ADDRESS", help="Address of a saved model; by default the run's own: of a job its pipeline."
+)
 @_expected("The run that the alias must refer to still ('' for none)")
 @store_option
 @json_option

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=JobCommand)
-@click.option("--model", required=True, metavar="PATH|alias:NAME", help="A saved model, or alias:champion.")
+@click.option(
+    "--model", required=True, metavar="PATH|alias:NAME", help="A saved model, a run's model.keras, or alias:champion."
+)
 @click.option("--store", envvar="HVDSPARK_STORE", metavar="URL", help="The Store of the alias.  [env: HVDSPARK_STORE]")
 @click.option("--input", "path", metavar="PATH", help="Rows to score.")
 @click.option("--input-format", metavar="NAME", help="Of the input: any reader of Spark's (default: parquet).")
@@ -52,7 +54,7 @@ def _run(options: dict[str, Any]) -> ScoreResult:
         with terminable():
             job = _job(options)
             # An alias that is not there is found out before Spark is started.
-            job.address()
+            job.entry()
             with spark_session("hvdspark score", {}, []) as session:
                 return job.run(session)
     except (Exception, KeyboardInterrupt) as exc:  # noqa: BLE001 - whatever it is, it has an exit code

@@ -72,6 +72,9 @@ def test_a_fit_begins_where_the_champion_is_and_goes_on_from_its_own_state(store
     first = estimator(store, epochs=8, run_id="cold").fit(df)
     cold = first.getHistory()["loss"]
     promote(store, "champion", entry_of_run(store, "cold"))
+    of_run = KerasModel.of_run(store, "cold")
+    assert of_run.getHistory() == first.getHistory()
+    assert of_run.transform(df).collect() == first.transform(df).collect()
 
     def fit(**overrides: Any) -> KerasModel:
         return estimator(store, epochs=2, warm_start="alias:champion", **overrides).fit(df)

@@ -26,6 +26,7 @@ from hvdspark import Store, cli
 from hvdspark.aliases import AliasEntry, promote, read_alias, rollback
 from hvdspark.errors import DataError, EmptyDatasetError, ParamError, SchemaError
 from hvdspark.lease import held
+from hvdspark.recording import recorded
 
 # What a model gives by which the label is the better, the further from 0 the weights of x are.
 ROWS = 400
@@ -265,6 +266,44 @@ def test_a_model_is_compared_anew_where_another_was_promoted_meanwhile(train: An
     assert (code, again["promoted"], again["champion"]["run_id"]) == (0, False, "third")
 
 
+def test_a_run_that_was_promoted_by_hand_is_scored_with_and_compared(
+    spark: SparkSession, train: Any, data: str, tmp_path: Path
+) -> None:
+    store: Store = train.store
+
+    def promote_by_hand(alias: str, run_id: str, **facts: Any) -> dict[str, Any]:
+        with recorded(store, run_id, **facts):
+            pass
+        done = CliRunner().invoke(cli.main, ["models", "promote", alias, run_id, "--store", store.url, "--json"])
+        assert done.exit_code == 0, done.stderr
+        entry: dict[str, Any] = json.loads(done.stdout)
+        return entry
+
+    def weight_of(alias: str) -> float:
+        output = str(tmp_path / alias)
+        command = ["score", "--model", f"alias:{alias}", "--store", store.url, "--input", data, "--output", output]
+        done = CliRunner().invoke(cli.main, command)
+        assert done.exit_code == 0, done.stderr
+        (weight,) = {round(row.prediction / row.x, 3) for row in spark.read.parquet(output).where("x != 0").collect()}
+        return weight
+
+    # Of a job it is the pipeline, as when the job promotes it itself.
+    job = train("job", 1.0, "--set", "promote_if=", "--set", "output_cols=[prediction]")[1]
+    entry = promote_by_hand("production", "job")
+    assert (entry["model"], entry["metrics"]) == (job["model"], job["metrics"])
+    assert weight_of("production") == 1.0
+
+    # A fit alone leaves a file of Keras'; what its columns are is in the run's record.
+    store.publish_bytes(codec.model_to_bytes(dense(1, None, 1.5, "y")), "runs", "fit", "model.keras")
+    columns = {"feature_cols": ["x"], "label_cols": ["y"], "output_cols": ["prediction"]}
+    assert promote_by_hand("champion", "fit", kind="keras", params=columns)["model"] == "runs/fit/model.keras"
+    assert weight_of("champion") == 1.5
+    code, worse = train("worse", 1.4)
+    assert (code, worse["promoted"], worse["champion"]["run_id"]) == (0, False, "fit")
+    code, better = train("better", 1.9)
+    assert (code, better["promoted"], better["champion"]["run_id"]) == (0, True, "fit")
+
+
 def test_a_run_that_another_driver_holds_is_left_alone(train: Any) -> None:
     store: Store = train.store
     with held(store, "runs/busy", "job"):
@@ -332,7 +371,8 @@ def test_scoring_goes_by_path_or_alias_and_says_what_is_wrong(
     wrong = [
         (["alias:challenger", "--store", store.url, "--input", data], 78, "there is no alias 'challenger'"),
         (["alias:champion", "--input", data], 78, "give the Store that has the alias"),
-        ([data, "--input", data], 70, "there is no saved model in"),
+        ([data, "--input", data], 78, "there is no saved model in"),
+        ([f"{store.url}/runs/first/model.keras", "--input", data], 78, "is a file of Keras' own, which does not say"),
         ([model], 78, "the input: give one of 'path'"),
         ([model, "--input", "/nowhere"], 65, "cannot read the input /nowhere"),
         ([model, "--input", data, "--option", "x"], 78, "--option x: give a name and a value"),

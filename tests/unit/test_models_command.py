@@ -58,6 +58,21 @@ def test_a_run_is_promoted_listed_and_rolled_back(store: Store, monkeypatch: pyt
     assert lines[2].endswith(saved)
 
 
+def test_of_a_job_its_pipeline_is_promoted_with_the_metrics_of_its_evaluation(store: Store) -> None:
+    finish(store, "monday")
+    notes: dict[str, Any] = {"model": None, "metrics": None}
+    store.publish_bytes(json.dumps(notes).encode(), "runs/monday/job.json")
+    result = invoke(store, "promote", "champion", "monday")
+    assert (result.exit_code, "its job has not saved the pipeline yet" in result.stderr) == (78, True)
+    notes = {"model": store.url_of("runs/monday/pipeline"), "metrics": {"val_loss": 0.5}}
+    store.publish_bytes(json.dumps(notes).encode(), "runs/monday/job.json")
+    result = invoke(store, "promote", "champion", "monday")
+    assert (result.exit_code, "has no model in" in result.stderr) == (78, True)
+    store.make_folder("runs/monday/pipeline")
+    entry = told(store, "promote", "champion", "monday")
+    assert (entry["model"], entry["metrics"]) == (notes["model"], notes["metrics"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
