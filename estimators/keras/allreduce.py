@@ -203,6 +203,8 @@ def choose_allreduce(kind: str, session: Session, variables: Sequence[Any], comp
     if is_open and not _is_faster(in_memory, horovod, session, variables):
         shared.close()
         return horovod
+    if not is_open:
+        logger.info("gradients are averaged in memory that the ranks of the host share")
     session.rely_on(shared)
     return in_memory
 

@@ -128,13 +128,42 @@ def fabric_environment(
     return settings
 
 
-def describe(settings: dict[str, str], *, on_one_host: bool) -> str:
-    """Say in a few words what the ranks talk over."""
-    if on_one_host:
+def describe(settings: Mapping[str, str], plane: str, *, on_one_host: bool) -> str:
+    """Say in a few words what the ranks talk over by a control plane, and what NCCL does where that is another."""
+    ports = settings.get("NCCL_IB_HCA", "").removeprefix("=")
+    if plane == "mpi" and on_one_host:
         return "shared memory of one host"
-    if "NCCL_IB_HCA" in settings:
-        return f"RDMA over {settings['NCCL_IB_HCA'].removeprefix('=')}"
-    return f"TCP over {settings['FI_TCP_IFACE']}"
+    if plane == "mpi" and ports:
+        return f"RDMA over {ports}"
+    # Gloo knows nothing else, not even within a host.
+    tcp = f"TCP over {settings['FI_TCP_IFACE']}"
+    return f"{tcp} (NCCL: RDMA over {ports})" if ports else tcp
+
+
+def check_use(rdma: Rdma, plane: str, reason: str, *, has_gpus: bool, host: str = "this host") -> None:
+    """Refuse a job over several hosts that insists on RDMA where nothing in it can use that.
+
+    Parameters
+    ----------
+    rdma
+        As for :func:`fabric_environment`.
+    plane, reason
+        The control plane and why it is that one.
+    has_gpus
+        Whether there may be GPUs, whose NCCL uses RDMA by itself.
+    host
+        Its name, for errors.
+
+    Raises
+    ------
+    RendezvousError
+        With ``rdma=True`` where the ranks talk by Gloo and have no GPU.
+    """
+    if rdma is True and plane == "gloo" and not has_gpus:
+        raise RendezvousError(
+            f"rdma=True, but the ranks talk by Gloo ({reason}), which cannot use RDMA, and {host} has no GPU, whose"
+            " NCCL could. Use controller='mpi', or rdma='auto' to go on over TCP."
+        )
 
 
 def settings_in(environment: Mapping[str, str]) -> str:

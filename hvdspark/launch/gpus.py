@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from hvdspark.errors import LaunchError, RendezvousError
@@ -107,6 +108,24 @@ def check_apart(ranks: Sequence[RankContext], gpus: Sequence[Sequence[str]], amo
             " executor per host."
         )
     return shared
+
+
+def may_be_used(given: Sequence[str], env: Mapping[str, str], root: Path = Path("/")) -> bool:
+    """Whether a rank may come to use a GPU.
+
+    Parameters
+    ----------
+    given
+        What Spark gave its task.
+    env
+        The user's own variables.
+    root
+        Where ``dev`` is.
+    """
+    if VISIBLE in env:
+        return env[VISIBLE] not in ("", "-1")
+    # Where Spark deals out none, a rank takes one of those that there are: NVIDIA's, or AMD's.
+    return bool(given) or any((root / "dev").glob("nvidia[0-9]*")) or (root / "dev" / "kfd").exists()
 
 
 def describe(environment: Mapping[str, str]) -> str:

@@ -115,7 +115,7 @@ class Stage:
                 control.admit(servers, agreed.peers, agreed.plane, agreed.mpi)
                 alarm = stack.enter_context(Alarm(agreed.alarm, self.token, context.rank, _hosts(ranks)))
                 interface = devices.interface_of(topology.meeting_address(agreed.peers, own))
-                network = self._network(agreed, interface, context)
+                network = self._network(agreed, interface, context, offer.gpus)
                 given = [offer.gpus for offer in offers]
                 own_gpus = gpus.gpu_environment(ranks, given, own, options.env, self.gpus_per_task)
                 plan = None if rows is None else _planned(rows, agreed.peers, offers)
@@ -177,9 +177,14 @@ class Stage:
         alarm = AlarmServer(topology.meeting_address(peers, own), (), len(peers), self.token)
         return {**servers, "alarm": stack.enter_context(alarm)}
 
-    def _network(self, agreed: Agreement, interface: str, context: RankContext) -> dict[str, str]:
+    def _network(
+        self, agreed: Agreement, interface: str, context: RankContext, own_gpus: Sequence[str]
+    ) -> dict[str, str]:
         """Return what the rank and its libraries are told of the network."""
         options, on_one_host = self.options, context.local_size == context.size
+        if not on_one_host:
+            has_gpus = gpus.may_be_used(own_gpus, options.env)
+            fabric.check_use(options.rdma, agreed.plane, agreed.reason, has_gpus=has_gpus, host=context.host)
         settings = fabric.fabric_environment(
             interface,
             [] if on_one_host and options.rdma == "auto" else fabric.rdma_ports(),
@@ -188,7 +193,7 @@ class Stage:
             host=context.host,
             has_peer_memory=fabric.has_peer_memory(),
         )
-        transport = fabric.describe(settings, on_one_host=on_one_host)
+        transport = fabric.describe(settings, agreed.plane, on_one_host=on_one_host)
         controller = f"{agreed.plane} by {agreed.mpi}" if agreed.mpi else agreed.plane
         return {
             **settings,

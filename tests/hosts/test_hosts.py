@@ -116,6 +116,8 @@ def test_mpi_is_taken_by_itself_where_all_hosts_have_rdma_and_then_nothing_waits
     with rdma_on(site.alpha), rdma_on(site.beta):
         found = hvdspark.run(place, num_proc=SIZE, **settings)
         without = hvdspark.run(place, num_proc=SIZE, rdma=False, **settings)
+        with pytest.raises(RendezvousError, match=r"rdma=True, but the ranks talk by Gloo \(as asked for\)"):
+            hvdspark.run(os.getpid, num_proc=SIZE, rdma=True)
     assert [rank["by_mpi"][:2] for rank in found] == [("MPICH", 11111)] * SIZE
     assert [rank["servers"] for rank in found] == [[]] * SIZE
     # Gloo's rendezvous is there as long as the job.

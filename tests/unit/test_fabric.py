@@ -10,6 +10,7 @@ from hvdspark.errors import RendezvousError
 from hvdspark.launch.fabric import (
     Rdma,
     RdmaPort,
+    check_use,
     describe,
     fabric_environment,
     has_peer_memory,
@@ -116,13 +117,24 @@ def test_libraries_are_told_of_the_ports_that_are_up(
     assert found["NCCL_IB_DISABLE"] == str(int(not used))
     assert found.get("NCCL_IB_HCA") == (f"={','.join(used)}" if used else None)
     assert found.get("NCCL_NET_GDR_LEVEL") == ("PHB" if used else None)
-    expected = f"RDMA over {','.join(used)}" if used else "TCP over ens1"
-    assert describe(found, on_one_host=False) == expected
-    assert describe(found, on_one_host=True) == "shared memory of one host"
+    by_mpi = f"RDMA over {','.join(used)}" if used else "TCP over ens1"
+    assert describe(found, "mpi", on_one_host=False) == by_mpi
+    assert describe(found, "mpi", on_one_host=True) == "shared memory of one host"
+    by_gloo = f"TCP over ens1 (NCCL: {by_mpi})" if used else by_mpi
+    assert describe(found, "gloo", on_one_host=False) == describe(found, "gloo", on_one_host=True) == by_gloo
 
 
 def test_gpus_are_not_read_over_the_network_where_the_kernel_cannot() -> None:
     assert fabric_environment("ens1", [ACTIVE])["NCCL_NET_GDR_LEVEL"] == "LOC"
+
+
+def test_rdma_that_nobody_in_the_job_could_use_is_not_insisted_on() -> None:
+    text = r"rdma=True, but the ranks talk by Gloo \(as asked for\), .* gpu-7 has no GPU.*controller='mpi'"
+    with pytest.raises(RendezvousError, match=text):
+        check_use(True, "gloo", "as asked for", has_gpus=False, host="gpu-7")
+    check_use(True, "gloo", "as asked for", has_gpus=True)
+    check_use(True, "mpi", "as asked for", has_gpus=False)
+    check_use("auto", "gloo", "as asked for", has_gpus=False)
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from hvdspark.errors import LaunchError, RendezvousError
-from hvdspark.launch.gpus import OWN, addresses_of, describe, gpu_environment, position
+from hvdspark.launch.gpus import OWN, addresses_of, describe, gpu_environment, may_be_used, position
 from hvdspark.launch.topology import Peer, assign_ranks
 
 RANKS = assign_ranks([Peer(partition, host, "") for partition, host in enumerate(("a", "b", "a", "b"))])
@@ -86,6 +87,28 @@ def test_without_spark_a_rank_takes_the_gpu_of_its_local_rank_and_says_so_once(
 def test_ranks_without_a_gpu_of_their_own_are_an_error(environment: dict[str, str]) -> None:
     with pytest.raises(LaunchError, match=r"2 ranks on a see 1 GPU, .* use_gpu=False"):
         position(1, RANKS[0], environment)
+
+
+@pytest.mark.parametrize(
+    ("given", "env", "devices", "expected"),
+    [
+        ([], {}, [], False),
+        ([], {}, ["nvidiactl", "null"], False),
+        ([], {}, ["nvidia0"], True),
+        ([], {}, ["kfd"], True),
+        (["0"], {}, [], True),
+        ([], {"CUDA_VISIBLE_DEVICES": "0"}, [], True),
+        (["0"], {"CUDA_VISIBLE_DEVICES": ""}, ["nvidia0"], False),
+        (["0"], {"CUDA_VISIBLE_DEVICES": "-1"}, ["nvidia0"], False),
+    ],
+)
+def test_a_rank_may_use_what_it_was_given_or_what_there_is(
+    given: list[str], env: dict[str, str], devices: list[str], expected: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "dev").mkdir()
+    for name in devices:
+        (tmp_path / "dev" / name).touch()
+    assert may_be_used(given, env, tmp_path) == expected
 
 
 @pytest.mark.parametrize(
