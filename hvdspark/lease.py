@@ -1,7 +1,7 @@
 """Leases in a Store: a process says that it uses a folder, for as long as it does and not longer.
 
 A lease is a small file that its holder writes again and again. Who dies no longer does, and after a while, or at once
-where the looker is on the same host, the lease counts for nothing.
+where the looker sees the processes of the holder's host, the lease counts for nothing.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import psutil
 
 from hvdspark.errors import StoreError
 
@@ -39,13 +38,10 @@ _LONGEST_PAUSE_S = 1.0
 # Who ends removes the folder of leases, perhaps just before another writes into it.
 _TRIES = 10
 
-_FIELDS = {"time": float, "host": str, "pid": int, "started": float}
+_FIELDS = {"time": float, "host": str, "space": str | None, "pid": int, "started": int | None}
 
 # What this process holds now: of its own it need not guess, also where the file of one that ended could not be removed.
 _own: set[tuple[str, str]] = set()
-
-# What two looks at the start of one process may differ by.
-_SAME_START_S = 2.0
 
 
 @contextlib.contextmanager
@@ -175,8 +171,10 @@ def _publish_first(store: Store, name: str) -> None:
 
 
 def _holder() -> bytes:
-    own = psutil.Process()
-    holder = {"time": time.time(), "host": socket.gethostname(), "pid": own.pid, "started": own.create_time()}
+    pid = os.getpid()
+    space = _space()
+    started = None if space is None else _start_of(pid)
+    holder = {"time": time.time(), "host": socket.gethostname(), "space": space, "pid": pid, "started": started}
     return json.dumps(holder).encode()
 
 
@@ -187,12 +185,45 @@ def _is_alive(store: Store, name: str) -> bool:
         return False
     if time.time() - lease["time"] > STALE_S:
         return False
-    if lease["host"] != socket.gethostname():
+    if lease["space"] is None or lease["started"] is None or lease["space"] != _space():
         return True
     if lease["pid"] == os.getpid():
         return (store.url, name) in _own
-    # On this host nobody need wait for a process that is gone.
+    # Here nobody need wait for a process that is gone.
+    return not _has_ended(lease["pid"], lease["started"])
+
+
+def _space() -> str | None:
+    """Name the space in which this process's number means it; ``None`` where nobody can tell.
+
+    Hosts may have one name (``localhost``), and containers that of their host, with numbers of their own: only what the
+    kernel says of itself, and of where it counts, tells them apart.
+    """
     try:
-        return bool(abs(psutil.Process(lease["pid"]).create_time() - lease["started"]) < _SAME_START_S)
-    except psutil.NoSuchProcess:
-        return False
+        if Path("/proc/self").readlink().name != str(os.getpid()):
+            return None  # it shows the processes of another space
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {boot} {Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:
+        return None
+
+
+def _has_ended(pid: int, started: int) -> bool:
+    """Whether a process of this space is gone; another one may have its number by now."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        pass  # it is there, and another user's
+    now = _start_of(pid)
+    return now is not None and now != started
+
+
+def _start_of(pid: int) -> int | None:
+    """Return when a process began, in the kernel's ticks since it did itself; ``None`` where nobody can tell."""
+    try:
+        # The name in parentheses may hold anything, so the fields are counted from behind it.
+        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None

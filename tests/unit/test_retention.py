@@ -105,7 +105,7 @@ def test_what_is_no_whole_run_goes_only_where_nothing_is_lost(store: Store) -> N
     put(store, "torn")
     store.publish_bytes(b"{", "runs/torn/run.json")
     store.publish_bytes(b"weights", "runs/no-record/model.keras")
-    dead = json.dumps({"time": 1.0, "host": "gone", "pid": 1, "started": 1.0}).encode()
+    dead = json.dumps({"time": 1.0, "host": "gone", "space": "x", "pid": 1, "started": 1}).encode()
     store.publish_bytes(dead, "runs/never-began/leases/driver-0123456789ab.json")
     found = reasons(store, keep_last=0)
     assert found["never-began"] == (True, "its driver died before it began")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -114,8 +116,8 @@ with dataset_of(store, sys.argv[2], write) as dataset:
 class OtherProcess:
     """A process that writes the dataset, and reads it, each until it is told to go on."""
 
-    def __init__(self, store: Store) -> None:
-        command = [sys.executable, "-c", PROGRAM, store.url, KEY]
+    def __init__(self, store: Store, within: Sequence[str] = ()) -> None:
+        command = [*within, sys.executable, "-c", PROGRAM, store.url, KEY]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         self.says = self.process.stdout.readline
@@ -169,7 +171,7 @@ def test_what_a_killed_writer_left_is_removed(store: Store) -> None:
 
 def test_a_lease_of_another_host_counts_until_it_is_stale(store: Store) -> None:
     def leave(age_s: float) -> None:
-        holder = {"time": time.time() - age_s, "host": "elsewhere", "pid": 1, "started": 0.0}
+        holder = {"time": time.time() - age_s, "host": "elsewhere", "space": "x", "pid": 1, "started": 0}
         store.publish_bytes(json.dumps(holder).encode(), FOLDER, "leases", "writer-1.json")
 
     leave(lease.STALE_S - 30)
@@ -177,6 +179,59 @@ def test_a_lease_of_another_host_counts_until_it_is_stale(store: Store) -> None:
     assert not lease.is_held(store, FOLDER, "reader")
     leave(lease.STALE_S + 1)
     assert not lease.is_held(store, FOLDER, "writer")
+
+
+# What a lease of another host or container says, where that has the same name and a process of the same number.
+@pytest.mark.parametrize("space", ["another boot", "another space of numbers", None])
+def test_a_process_is_looked_for_only_where_its_number_means_it(store: Store, space: str | None) -> None:
+    with lease.held(store, FOLDER, "reader") as name:
+        own = store.read_json(name) or {}
+    boot = str(own["space"]).split()[1]
+    assert Path("/proc/sys/kernel/random/boot_id").read_text().strip() == boot
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    spaces = {
+        "another boot": own["space"].replace(boot, str(uuid.uuid4())),
+        "another space of numbers": own["space"] + "1",
+    }
+    for pid in (gone.pid, os.getpid(), 1):
+        holder = {**own, "pid": pid, "started": 1, "space": spaces.get(str(space))}
+        store.publish_bytes(json.dumps(holder).encode(), FOLDER, "leases", "reader-1.json")
+        assert lease.is_held(store, FOLDER), "it is nobody's to say here that its holder is dead"
+        store.publish_bytes(json.dumps({**holder, "space": own["space"]}).encode(), FOLDER, "leases", "reader-1.json")
+        assert not lease.is_held(store, FOLDER)
+
+
+def test_a_lease_of_a_container_with_the_name_of_its_host_is_seen(store: Store) -> None:
+    inside = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    if subprocess.run([*inside, "true"], capture_output=True).returncode:
+        pytest.skip("cannot make a space of process numbers")
+    with OtherProcess(store, inside) as other:
+        assert other.says() == "writing\n"
+        found = store.read_json(FOLDER, "leases", store.list(FOLDER, "leases")[0]) or {}
+        assert (found["host"], found["pid"]) == (socket.gethostname(), 1)
+        assert lease.is_held(store, FOLDER, "writer")
+        # And the other way round: in there nobody knows the processes out here.
+        looking = "import sys; from hvdspark import Store, lease; print(lease.is_held(Store.create(sys.argv[1]), 'x'))"
+        with lease.held(store, "x", "reader"):
+            command = [*inside, sys.executable, "-c", looking, store.url]
+            assert subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout == "True\n"
+
+
+@pytest.mark.parametrize("is_own", [False, True], ids=["gone", "another process has its number"])
+def test_a_holder_that_died_here_is_not_waited_for(store: Store, is_own: bool) -> None:
+    with OtherProcess(store) as other:
+        assert other.says() == "writing\n"
+        (name,) = (name for name in store.list(FOLDER, "leases") if name.startswith("writer"))
+        assert lease.is_held(store, FOLDER, "writer")
+        if is_own:
+            found = store.read_json(FOLDER, "leases", name) or {}
+            changed = {**found, "started": found["started"] - 1}
+            store.publish_bytes(json.dumps(changed).encode(), FOLDER, "leases", name)
+        else:
+            os.kill(other.process.pid, signal.SIGKILL)
+            other.process.wait()
+        assert not lease.is_held(store, FOLDER, "writer")
 
 
 def test_a_lease_is_renewed_while_it_is_held(store: Store) -> None:
