@@ -29,12 +29,12 @@ logger = logging.getLogger(__name__)
 
 Arrays = Mapping[str, "np.ndarray[Any, Any]"]
 
-_MANIFEST, _SHARED = "manifest.json", "shared.npz"
+_MANIFEST, _SHARED = "manifest", "shared.npz"
 _FOLDER = re.compile(r"state-(\d{12})")
 _FILE = re.compile(r"shared\.npz|rank-\d{1,9}\.npz")
 _DIGEST_BYTES = 32
 _BFLOAT16 = "bfloat16"
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class StateFiles:
 
     def write_own(self, step: int, arrays: Arrays) -> None:
         """Write what this rank has for itself; raises :class:`StoreError` when it cannot."""
-        self._write(self._place(step, _own_name(self._rank)), arrays)
+        self._write(self._place(step, _own_name(self._rank)), _to_npz(arrays))
 
     def publish(self, step: int, arrays: Arrays, info: Mapping[str, Any], spared: int = -1) -> None:
         """Make a state whole, on rank 0 and once all ranks have written their own, and remove those that are too many.
@@ -105,10 +105,10 @@ class StateFiles:
         StoreError
             When it cannot be written; earlier states are there still. Those that cannot be removed are only logged.
         """
-        self._write(self._place(step, _SHARED), arrays)
+        self._write(self._place(step, _SHARED), _to_npz(arrays))
         files = [_SHARED, *(_own_name(rank) for rank in range(self._size))]
         manifest = {"version": _VERSION, "step": step, "files": files, "info": dict(info)}
-        self._store.publish_bytes(json.dumps(manifest).encode(), self._place(step, _MANIFEST))
+        self._write(self._place(step, _MANIFEST), json.dumps(manifest).encode())
         try:
             self._remove_old(step, spared)
         except StoreError as exc:
@@ -138,7 +138,7 @@ class StateFiles:
                 if not fits(step, manifest["info"]):
                     continue
                 for name in manifest["files"]:
-                    self._read(self._place(step, name))
+                    self._arrays(self._place(step, name))
             except CorruptDatasetError as exc:
                 logger.warning("the checkpoint of step %d is passed over: %s", step, exc)
                 continue
@@ -158,9 +158,9 @@ class StateFiles:
         return State(
             step,
             manifest["info"],
-            self._read(self._place(step, _SHARED)),
-            self._read(self._place(step, own)) if own in manifest["files"] else None,
-            self._read(self._place(step, _own_name(0))),
+            self._arrays(self._place(step, _SHARED)),
+            self._arrays(self._place(step, own)) if own in manifest["files"] else None,
+            self._arrays(self._place(step, _own_name(0))),
         )
 
     def clear(self, but: int = -1) -> None:
@@ -189,32 +189,43 @@ class StateFiles:
 
     def _manifest(self, step: int) -> dict[str, Any]:
         place = self._place(step, _MANIFEST)
-        manifest: dict[str, Any] | None = self._store.read_json(place)
-        if manifest is None or manifest.get("version") != _VERSION:
-            raise CorruptDatasetError(f"{self._store.url_of(place)} is missing, damaged, or of another version")
+        try:
+            manifest = json.loads(self._read(place))
+        except ValueError as exc:
+            raise CorruptDatasetError(f"{self._store.url_of(place)} holds no JSON: {exc}") from exc
+        if not isinstance(manifest, dict) or (manifest.get("version"), manifest.get("step")) != (_VERSION, step):
+            raise CorruptDatasetError(f"{self._store.url_of(place)} is of another version or step")
         files, info = manifest.get("files"), manifest.get("info")
         if not isinstance(files, list) or not isinstance(info, dict) or not all(map(_is_a_name, files)):
             raise CorruptDatasetError(f"{self._store.url_of(place)} does not say what is in its folder")
         return manifest
 
-    def _write(self, place: str, arrays: Arrays) -> None:
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays)  # type: ignore[arg-type]
-        data = buffer.getvalue()
+    def _arrays(self, place: str) -> dict[str, np.ndarray[Any, Any]]:
+        data = self._read(place)
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as found:
+                return {name: found[name] for name in found.files}
+        except (ValueError, TypeError, AttributeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as exc:
+            raise CorruptDatasetError(f"{self._store.url_of(place)} holds no arrays: {exc}") from exc
+
+    def _write(self, place: str, data: bytes) -> None:
         self._store.publish_bytes(data + _digest(data), place)
 
-    def _read(self, place: str) -> dict[str, np.ndarray[Any, Any]]:
+    def _read(self, place: str) -> bytes:
+        """Read what :meth:`_write` wrote; raises :class:`CorruptDatasetError` when it is absent or damaged."""
         content = self._store.find_bytes(place)
         if content is None:
             raise CorruptDatasetError(f"there is no {self._store.url_of(place)}")
         data, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
         if _digest(data) != digest:
             raise CorruptDatasetError(f"{self._store.url_of(place)} is damaged: its checksum does not fit")
-        try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as found:
-                return {name: found[name] for name in found.files}
-        except (ValueError, TypeError, AttributeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as exc:
-            raise CorruptDatasetError(f"{self._store.url_of(place)} holds no arrays: {exc}") from exc
+        return data
+
+
+def _to_npz(arrays: Arrays) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()
 
 
 def _is_a_name(value: Any) -> bool:

@@ -16,13 +16,13 @@ import keras
 import numpy as np
 import pytest
 from hvdspark.estimators.keras.snapshot import Snapshot
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from hvdspark import Store
 from hvdspark.errors import CorruptDatasetError, StoreError
-from hvdspark.worker.state import StateFiles, _digest, pack, unpack
+from hvdspark.worker.state import _DIGEST_BYTES, StateFiles, _digest, pack, unpack
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_the_last_two_are_kept_and_all_go_in_the_end(store: Store) -> None:
     assert files.latest() is None
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "shared.npz", "rank-0.npz", "rank-1.npz"])
+@pytest.mark.parametrize("name", ["manifest", "shared.npz", "rank-0.npz", "rank-1.npz"])
 @pytest.mark.parametrize("damage", ["missing", "truncated", "flipped", "empty", "other"])
 def test_a_damaged_state_is_passed_over_for_the_one_before(store: Store, name: str, damage: str) -> None:
     keep(store, 3)
@@ -81,7 +81,7 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(store: Store, name: s
     assert StateFiles(store, "run", 0, 2).latest() == 3
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "shared.npz", "rank-0.npz", "rank-1.npz"])
+@pytest.mark.parametrize("name", ["manifest", "shared.npz", "rank-0.npz", "rank-1.npz"])
 def test_a_state_that_cannot_be_read_is_not_passed_over(store: Store, name: str) -> None:
     keep(store, 3)
     keep(store, 6)
@@ -90,6 +90,34 @@ def test_a_state_that_cannot_be_read_is_not_passed_over(store: Store, name: str)
     path.symlink_to(name)  # reading it is an error, and none that it is absent
     with pytest.raises(StoreError, match=r"symbolic links.*an older one is not taken .* remove .*state-000000000006"):
         StateFiles(store, "run", 0, 2).latest()
+
+
+@pytest.fixture(scope="module")
+def two_states(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    store = Store.create(tmp_path_factory.mktemp("store"))
+    keep(store, 3, number=0.25)
+    keep(store, 6, number=0.5)
+    return store
+
+
+@settings(max_examples=200)
+@given(st.sampled_from(["manifest", "shared.npz", "rank-0.npz", "rank-1.npz"]), st.floats(0, 1), st.integers(1, 255))
+def test_whatever_byte_of_a_state_is_changed_the_one_before_is_taken(
+    two_states: Store, name: str, where: float, change: int
+) -> None:
+    path = place(two_states, 6, name)
+    content = path.read_bytes()
+    changed = bytearray(content)
+    changed[int(where * (len(content) - 1))] ^= change
+    path.write_bytes(changed)
+    try:
+        files = StateFiles(two_states, "run", 1, 2)
+        # As one who goes on reads it: every key must be there.
+        assert files.latest(lambda _, info: info["note"] > 0) == 3
+        assert files.load(3).info == {"note": 0.25}
+    finally:
+        path.write_bytes(content)
+    assert files.latest() == 6
 
 
 def test_a_state_that_is_not_whole_counts_for_nothing(store: Store) -> None:
@@ -201,7 +229,7 @@ def test_a_state_that_is_spared_stays_and_one_that_does_not_fit_is_passed_over(s
 
 def rewrite(store: Store, step: int, name: str, data: bytes) -> None:
     """Put something in a file's place, as who can write there would: with a checksum that fits."""
-    place(store, step, name).write_bytes(data if name.endswith(".json") else data + _digest(data))
+    place(store, step, name).write_bytes(data + _digest(data))
 
 
 def a_pickle(mark: Path) -> bytes:
@@ -222,7 +250,7 @@ def arrays_of_objects(mark: Path) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "shared.npz", "rank-0.npz", "rank-1.npz"])
+@pytest.mark.parametrize("name", ["manifest", "shared.npz", "rank-0.npz", "rank-1.npz"])
 @pytest.mark.parametrize("make", [a_pickle, arrays_of_objects, lambda _: b"", lambda _: b"[]", lambda _: b"PK\x05\x06"])
 def test_nothing_that_was_planted_runs_or_counts(
     store: Store, tmp_path: Path, name: str, make: Callable[[Path], bytes]
@@ -248,16 +276,17 @@ def test_nothing_that_was_planted_runs_or_counts(
         {"files": None},
         {"info": []},
         {"version": 99},
+        {"step": 7},
     ],
     ids=str,
 )
 def test_a_manifest_names_files_of_its_own_folder_only(store: Store, change: dict[str, Any]) -> None:
     keep(store, 3)
     keep(store, 6)
-    manifest = json.loads(place(store, 6, "manifest.json").read_text())
-    rewrite(store, 6, "manifest.json", json.dumps({**manifest, **change}).encode())
+    manifest = json.loads(place(store, 6, "manifest").read_bytes()[:-_DIGEST_BYTES])
+    rewrite(store, 6, "manifest", json.dumps({**manifest, **change}).encode())
     files = StateFiles(store, "run", 0, 2)
-    with pytest.raises(CorruptDatasetError, match=r"manifest\.json"):
+    with pytest.raises(CorruptDatasetError, match=r"manifest"):
         files.load(6)
     assert files.latest() == 3
 
@@ -267,7 +296,7 @@ def test_a_state_that_could_not_be_written_takes_no_place_of_a_whole_one(store: 
     keep(store, 6)
     StateFiles(store, "run", 1, 2).write_own(9, {"own": np.zeros(1)})
     keep(store, 12)
-    place(store, 12, "manifest.json").unlink()
+    place(store, 12, "manifest").unlink()
     assert StateFiles(store, "run", 0, 2).latest() == 6
     keep(store, 15)
     assert sorted(path.name[-2:] for path in place(store, 0, "x").parent.parent.iterdir()) == ["06", "15"]
