@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -94,9 +95,7 @@ def survey(url: str, columns: Sequence[ColumnSpec]) -> Survey:
     )
     if not groups:
         raise EmptyDatasetError(f"{url} has no rows in {len(paths)} Parquet files")
-    unfilled = [column.name for column in columns if column.fill is None]
-    nulls = {name: sum(_count_nulls(footer, name) for footer in footers) for name in unfilled}
-    refuse_nulls({name: count for name, count in nulls.items() if count})
+    _check_statistics(footers, columns)
     # Here and not above, because importing Petastorm takes a second, which other fits need not wait.
     from hvdspark.data.reader import read_group
 
@@ -131,12 +130,24 @@ def _footer(store: Store, path: str) -> pq.FileMetaData:
         raise CorruptDatasetError(f"{store.url_of(path)} cannot be read: {exc}. It is no whole Parquet file.") from exc
 
 
-def _count_nulls(footer: pq.FileMetaData, column: str) -> int:
-    """Count the nulls of a column that is no structure, as far as the footer tells."""
-    places = [index for index in range(footer.num_columns) if footer.schema.column(index).path == column]
-    chunks = (footer.row_group(group).column(index) for group in range(footer.num_row_groups) for index in places)
-    return sum(
-        chunk.statistics.null_count
-        for chunk in chunks
-        if chunk.statistics is not None and chunk.statistics.has_null_count
-    )
+def _check_statistics(footers: Iterable[pq.FileMetaData], columns: Sequence[ColumnSpec]) -> None:
+    """Refuse nulls that nothing fills, as far as the footers count them."""
+    unfilled = [column.name for column in columns if column.fill is None]
+    nulls: Counter[str] = Counter()
+    for footer in footers:
+        for name, found in _statistics(footer, unfilled):
+            if found.has_null_count:
+                nulls[name] += found.null_count
+    refuse_nulls(+nulls)
+
+
+def _statistics(footer: pq.FileMetaData, names: Sequence[str]) -> Iterator[tuple[str, pq.Statistics]]:
+    """Yield what a footer tells of columns that are no structures, row group by row group."""
+    # Once for each footer: tables may have thousands of columns, in thousands of files.
+    places = {footer.schema.column(index).path: index for index in range(footer.num_columns)}
+    for number in range(footer.num_row_groups):
+        group = footer.row_group(number)
+        for name in names:
+            found = group.column(places[name]).statistics if name in places else None
+            if found is not None:
+                yield name, found
