@@ -6,6 +6,7 @@ nothing else, and nothing is evaluated as Python.
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping
@@ -53,11 +54,17 @@ class _Condition:
 
     def holds(self, new: Mapping[str, float], current: Mapping[str, float] | None) -> Verdict:
         value = new[self.metric]
-        if self.bound is None and current is None:
+        if not math.isfinite(value):
+            return Verdict(False, f"{self.metric} is {value:g}, not a finite number")
+        if self.bound is not None:
+            other = self.bound
+        elif current is None:
             return Verdict(True, f"{self.metric} {value:.6g}, and there is no current model")
-        other = self.bound if current is None or self.bound is not None else current[self.metric] * self.factor
-        assert other is not None
-        # A comparison with NaN never holds.
+        elif not math.isfinite(current[self.metric]):
+            # Whatever is a number is better; no comparison with NaN would ever hold.
+            return Verdict(True, f"{self.metric} {value:.6g}, and the current model's is {current[self.metric]:g}")
+        else:
+            other = current[self.metric] * self.factor
         passed = _COMPARE[self.sign](value, other)
         return Verdict(passed, f"{self.metric} {value:.6g} is {'' if passed else 'not '}{self.sign} {other:.6g}")
 
@@ -119,7 +126,11 @@ class Gate:
                 )
 
     def decide(self, new: Mapping[str, float], current: Mapping[str, float] | None) -> Verdict:
-        """Compare the metrics of both models; without a current one, conditions on it hold."""
+        """Compare the metrics of both models.
+
+        Without a current model, or where its metric is not finite, conditions on it hold. No condition holds for a new
+        model whose metric is not finite.
+        """
         verdicts = [condition.holds(new, current) for condition in self.conditions]
         reason = " and ".join(verdict.reason for verdict in verdicts) or "promoted without a comparison"
         return Verdict(all(verdict.passed for verdict in verdicts), reason)

@@ -266,6 +266,15 @@ def test_a_model_is_compared_anew_where_another_was_promoted_meanwhile(train: An
     assert (code, again["promoted"], again["champion"]["run_id"]) == (0, False, "third")
 
 
+def test_a_model_whose_loss_is_not_a_number_is_not_promoted_and_does_not_stay(train: Any) -> None:
+    code, first = train("first", float("nan"))
+    assert (code, first["promoted"], first["cause"]) == (0, False, "val_loss is nan, not a finite number")
+    assert read_alias(train.store, "champion") is None
+    assert train("forced", float("nan"), "--set", "promote_if=always")[1]["promoted"]
+    code, second = train("second", 5.0)
+    assert (code, second["promoted"], second["champion"]["run_id"]) == (0, True, "forced")
+
+
 def test_a_run_that_was_promoted_by_hand_is_scored_with_and_compared(
     spark: SparkSession, train: Any, data: str, tmp_path: Path
 ) -> None:
