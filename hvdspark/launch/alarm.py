@@ -11,33 +11,47 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Self
 
 from hvdspark.launch.lines import LineServer, Member, connect
+from hvdspark.launch.process import END_TIMEOUT_S
 
 _RING, _THROUGH = "ring", "through"
 _FAILED, _LOST = "failed", "lost"
 _LINE_BYTES = 4096
 _CONNECT_TIMEOUT_S = 30.0
 
+# Within which tasks are through once it rings: they listen to what their ranks have to say, look at what these are
+# doing, and end them. It is less than the driver waits for a task after others have failed.
+RINGING_S = END_TIMEOUT_S + 3.5
+
 
 class AlarmServer(LineServer):
-    """Passes the alarm on; runs beside the first rank. Leaving its block without an error waits for all tasks."""
+    """Passes the alarm on; runs beside the first rank.
+
+    Leaving its block without an error waits for all tasks; once the alarm has rung, no longer than they need.
+    """
 
     def __init__(self, address: str, hosts: Iterable[str], size: int, token: str) -> None:
         super().__init__(address, hosts, size, token)
         self._through: set[int | None] = set()
         self._rung: str | None = None
+        self._rung_at = 0.0
         self._changed = threading.Condition()
 
     def __exit__(self, *exc_info: object) -> None:
         # The others would take its end for an alarm.
         if exc_info[0] is None:
             with self._changed:
-                self._changed.wait_for(lambda: self._through >= self.members.keys())
+                self._changed.wait_for(lambda: self._rung is not None or self._are_through())
+                self._changed.wait_for(self._are_through, self._rung_at + RINGING_S - time.monotonic())
         super().__exit__(*exc_info)
+
+    def _are_through(self) -> bool:
+        return self._through >= self.members.keys()
 
     def obey(self, member: Member, line: str) -> bool:
         """Ring for the others, or note that a rank is through."""
@@ -60,7 +74,10 @@ class AlarmServer(LineServer):
 
     def _ring(self, cause: Member, how: str) -> None:
         # What came first is the cause of what came after.
-        self._rung = self._rung or f"{_RING} {cause.number} {how}"
+        if self._rung is None:
+            with self._changed:
+                self._rung, self._rung_at = f"{_RING} {cause.number} {how}", time.monotonic()
+                self._changed.notify()
         for other in self.members.values():
             if other is not cause and other.number not in self._through:
                 other.say(self._rung)

@@ -37,6 +37,9 @@ TAIL_LINES = 50
 
 _STACKS_TIMEOUT_S, _STACKS_POLL_S = 2.0, 0.05
 
+# After its last answer a process has a moment to end on its own: to let go of MPI, or only to exit.
+_FINISH_S, _EXIT_S = 10.0, 5.0
+
 # Of a rank that is stopped because of another, what it was doing is of use only if it stood still for so long.
 _WORTH_A_LOOK_S = 2.0
 
@@ -130,11 +133,11 @@ class Child:
             if answers.stall or (answers.stopped and sign.stall(_WORTH_A_LOOK_S)):
                 stacks = _stacks(process, environment.get(STACKS))
             elif not answers.timed_out and not answers.stopped:
-                # After its last answer the process has a moment to end on its own.
-                process.wait(10)
+                process.wait(_EXIT_S if answer is None or answer[0] != DONE else _FINISH_S)
         finally:
             process.end()
-            pump.join()
+            # It reads to the end of the output, which what is left may hold open.
+            pump.join(0 if process.left else None)
             if alarm is not None:
                 alarm.through()
         if answer is not None and answer[0] == DONE:
@@ -146,10 +149,13 @@ class Child:
         else:
             kind, error = _describe_end(process, answers, patience, kills_for_memory() - kills_before)
             details = stacks
+        left = ""
+        if process.left:
+            left = f"{process.left} cannot be killed; a file system or a device of {context.host} may not answer it"
         if log is not None:
-            _write_lines(log, context, [error, *details.splitlines()])
+            _write_lines(log, context, [error, *left.splitlines(), *details.splitlines()])
         tail_text = "\n".join(tail)
-        return Outcome(failure=Failure(context.rank, context.host, kind, error, details, tail_text, ended, sign))
+        return Outcome(failure=Failure(context.rank, context.host, kind, error, details, tail_text, ended, sign, left))
 
     def _confirmed(self, context: RankContext, timeout_s: float) -> TrainingProcess:
         """Return a process that is certainly there: a pool that fails costs time, never the fit."""
@@ -172,6 +178,8 @@ def _describe_end(
         late = f"the training process did not begin within {patience.start_s:g} s"
         return "late", f"{late}; a slow disk or a busy host can be the cause: raise start_timeout"
     kind: FailureKind = "died" if answers.ready else "start"
+    if process.left:
+        return "died", "the training process gave no result and did not end"
     code, peak_bytes = process.wait(), process.peak_bytes
     held = f"; it held {show_bytes(peak_bytes)} of memory at most" if peak_bytes else ""
     if code is None or code >= 0:

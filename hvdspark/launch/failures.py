@@ -48,6 +48,8 @@ class Failure:
         When it happened, in seconds since the epoch by that host's clock.
     sign
         The last sign of life of a rank that was ended because another failed, or because it stalled.
+    left
+        What of it could not be ended, where that is so.
     """
 
     rank: int
@@ -58,6 +60,7 @@ class Failure:
     log_tail: str = ""
     time: float = 0.0
     sign: LifeSign | None = None
+    left: str = ""
 
     def to_json(self) -> str:
         """Write the failure as JSON text."""
@@ -162,4 +165,4 @@ def lost_stage(exc: Exception) -> StageLostError:
 def _described(failure: Failure) -> str:
     """Return what happened; of a rank that was given up together with all others, that it stood still."""
     stood_still = "" if failure.kind != "peer" or failure.sign is None else failure.sign.stall(SILENCE_S)
-    return stood_still or failure.error
+    return "; ".join(filter(None, (stood_still or failure.error, failure.left)))

@@ -161,7 +161,7 @@ def _reap(child: int) -> Ending | None:
 def _kill_all(child: int, ending: Ending | None) -> Ending:
     """Kill every descendant until there is none; returns the child's ending."""
     while True:
-        for pid in _descendants():
+        for pid in descendants(os.getpid()):
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -174,8 +174,8 @@ def _kill_all(child: int, ending: Ending | None) -> Ending:
             ending = Ending(status, usage.ru_maxrss * 1024)
 
 
-def _descendants() -> list[int]:
-    """List this process's children, theirs, and so on."""
+def descendants(ancestor: int) -> list[int]:
+    """List a process's children, theirs, and so on."""
     children: dict[int, list[int]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -184,7 +184,7 @@ def _descendants() -> list[int]:
         except (OSError, IndexError, ValueError):
             continue
         children.setdefault(parent, []).append(int(folder.name))
-    found, front = [], [os.getpid()]
+    found, front = [], [ancestor]
     while front:
         front = [pid for parent in front for pid in children.get(parent, [])]
         found += front

@@ -34,6 +34,8 @@ from hvdspark.launch.process import Recipe, TrainingProcess
 logger = logging.getLogger(__name__)
 
 BEGUN = b"B"
+# What the guard answers when it has been forked: who it is.
+GUARD = struct.Struct("=I")
 IDLE_TIMEOUT = "HVDSPARK_POOL_IDLE_TIMEOUT_S"
 
 # A fit that differs in its environment from the last one needs another parent; two fits may well take turns.
@@ -67,7 +69,10 @@ class WarmProcess(TrainingProcess):
     def is_there(self, timeout_s: float) -> bool:
         """Wait until the guard has been forked; ``False`` when there is no parent, or none that answers in time."""
         if not self._is_there:
-            self._is_there = self._receive(len(BEGUN), timeout_s) == BEGUN
+            said = self._receive(GUARD.size, timeout_s) or b""
+            self._is_there = len(said) == GUARD.size
+            if self._is_there:
+                (self._guard_pid,) = GUARD.unpack(said)
         return self._is_there
 
     def _let_go(self) -> None:

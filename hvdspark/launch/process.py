@@ -10,8 +10,10 @@ import abc
 import contextlib
 import inspect
 import json
+import logging
 import os
 import select
+import signal
 import socket
 import struct
 import subprocess
@@ -25,10 +27,16 @@ from typing import IO
 
 from hvdspark.launch import guard
 
+logger = logging.getLogger(__name__)
+
 BLOCK = struct.Struct(">Q")
 
 # When the task asked for the process, by the machine's monotonic clock.
 ASKED = "HVDSPARK_ASKED"
+
+# So long it may take until a process that was killed is gone. One that waits within the kernel, for a file system or a
+# device, heeds no signal before that answers.
+END_TIMEOUT_S = 8.0
 
 # As Spark made it. Later code in this interpreter may change it: TensorFlow does, where a transform has run before.
 _ENVIRONMENT = dict(os.environ)
@@ -73,14 +81,20 @@ class TrainingProcess(abc.ABC):
         What it prints.
     answers
         The descriptor through which it answers.
+    left
+        What of it could not be ended, for people; empty where all of it is gone.
     """
 
     output: IO[bytes]
     answers: int
+    left: str = ""
+
+    _guard_pid: int
 
     def __init__(self, lifeline: socket.socket) -> None:
         self._lifeline = lifeline
         self._ending: guard.Ending | None = None
+        self._has_ended = False
         their_input, our_input = os.pipe()
         our_output, their_output = os.pipe()
         self.answers, their_answers = os.pipe()
@@ -118,6 +132,7 @@ class TrainingProcess(abc.ABC):
         """Have it write the stacks of its threads, see :func:`hvdspark.worker.rank.serve`; also one that is stopped."""
         with contextlib.suppress(OSError):
             self._lifeline.sendall(guard.SHOW_STACKS)
+        self._wake_guard()
 
     def _receive(self, count: int, timeout_s: float | None) -> bytes | None:
         """Receive what the guard says; nothing when it is gone, ``None`` when it says nothing in time."""
@@ -129,10 +144,17 @@ class TrainingProcess(abc.ABC):
         except OSError:
             return b""
 
+    def _wake_guard(self) -> None:
+        """Have a guard go on that was stopped: it is in one process group with its process."""
+        if self.wait(0) is None:
+            with contextlib.suppress(OSError):
+                os.kill(self._guard_pid, signal.SIGCONT)
+
     def _let_go(self) -> None:
         """Have the guard end it with all that it started, and wait until all of it is gone."""
         with contextlib.suppress(OSError):
             self._lifeline.shutdown(socket.SHUT_WR)
+        self._wake_guard()
         self.wait()
 
     def hand_over(self, environment: Mapping[str, str], payload: bytes, own: bytes = b"") -> None:
@@ -151,9 +173,29 @@ class TrainingProcess(abc.ABC):
             self._input.close()
 
     def end(self) -> None:
-        """End the process and all that it started, and close what led to it; does nothing the second time."""
-        if self._input.closed and self.output.closed:
+        """End the process and all that it started, and close what led to it; does nothing the second time.
+
+        What the system does not end is not waited for: ``left`` tells what that is.
+        """
+        if self._has_ended:
             return
+        self._has_ended = True
+        # What is left may hold its ends of the pipes, and closing ours can wait for that as well.
+        farewell = threading.Thread(target=self._take_leave, daemon=True)
+        farewell.start()
+        farewell.join(END_TIMEOUT_S)
+        if farewell.is_alive():
+            self.left = self._find_left()
+            logger.warning("%s cannot be killed; its guard waits for its end", self.left)
+
+    def _find_left(self) -> str:
+        """Name the processes that are there although they were killed."""
+        if self._ending is not None:
+            return "a process that outlived its guard"
+        alive = guard.descendants(self._guard_pid) or [self._guard_pid]
+        return " and ".join(f"process {pid} (state {_state(pid)})" for pid in alive)
+
+    def _take_leave(self) -> None:
         self._let_go()
         if self._feeder is not None:
             self._feeder.join()
@@ -183,6 +225,7 @@ class ColdProcess(TrainingProcess):
                 pass_fds=[guards_end.fileno(), answers],
                 start_new_session=True,
             )
+        self._guard_pid = self._process.pid
 
     def is_there(self, timeout_s: float) -> bool:  # noqa: ARG002
         """Say yes: it was started by this process."""
@@ -191,6 +234,14 @@ class ColdProcess(TrainingProcess):
     def _let_go(self) -> None:
         super()._let_go()
         self._process.wait()
+
+
+def _state(pid: int) -> str:
+    """Return the letter by which the system tells what a process is doing."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return "unknown"
 
 
 def script_of(module: ModuleType) -> list[str]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from hvdspark.launch import guard
-from hvdspark.launch.pool import BEGUN, IDLE_TIMEOUT, Place, is_own
+from hvdspark.launch.pool import BEGUN, GUARD, IDLE_TIMEOUT, Place, is_own
 from hvdspark.worker.rank import preload, serve
 
 IDLE_TIMEOUT_S = 60.0
@@ -148,7 +148,7 @@ class _Parent:
             _name_process("guard")
             for descriptor in (self._listener.detach(), self._executor, self._place.folder, *self._guards):
                 os.close(descriptor)
-            connection.sendall(BEGUN)
+            connection.sendall(GUARD.pack(os.getpid()))
             ending = guard.stand_guard(lambda: _become_rank(*handed_over), connection.fileno(), handed_over)
             connection.sendall(ending.to_bytes())
         finally:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from faulty_fits import Fault, Trained, assert_same, estimator, outcome
 from pyspark.sql import DataFrame, SparkSession
+from unkillable import held
 
 import hvdspark
 from hvdspark import Store
@@ -20,6 +24,10 @@ STALL_S = 5.0
 
 def stop_myself() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def stop_my_group() -> None:
+    os.killpg(0, signal.SIGSTOP)  # its guard as well
 
 
 def never_return() -> None:
@@ -33,6 +41,7 @@ def never_return() -> None:
         (1, stop_myself, "gloo", "shared_memory"),
         (0, stop_myself, "mpi", "horovod"),
         (1, never_return, "mpi", "shared_memory"),
+        (1, stop_my_group, "gloo", "shared_memory"),
     ],
 )
 def test_a_rank_that_hangs_is_started_again_and_the_fit_goes_on(
@@ -50,7 +59,7 @@ def test_a_rank_that_hangs_is_started_again_and_the_fit_goes_on(
     ways = {"controller": controller, "allreduce": allreduce}
     fitted = estimator(store, fault, stall_timeout_s=STALL_S, run_id="hung", **ways).fit(df)
     assert_same(outcome(fitted), undisturbed)
-    said = "gave no sign of life" if act is stop_myself else "did not move on"
+    said = "did not move on" if act is never_return else "gave no sign of life"
     (restart,) = [record.message for record in caplog.records if "restart 1 of 3" in record.message]
     assert restart.startswith(f"hung: rank {rank} on ")
     assert said in restart
@@ -58,6 +67,38 @@ def test_a_rank_that_hangs_is_started_again_and_the_fit_goes_on(
         assert "epoch 3, step 4" in restart
     log = Path(store.path(f"runs/hung/logs/rank-{rank}.log")).read_text()
     assert f"in {act.__name__}" in log  # type: ignore[attr-defined]
+
+
+def test_a_rank_that_cannot_be_killed_is_named_and_the_fit_goes_on(
+    df: DataFrame, store: Store, tmp_path: Path, undisturbed: Trained, caplog: pytest.LogCaptureFixture
+) -> None:
+    pid = tmp_path / "pid"
+
+    def be_held() -> None:
+        (tmp_path / "part").write_text(str(os.getpid()))
+        (tmp_path / "part").rename(pid)
+        never_return()
+
+    with contextlib.ExitStack() as stack:
+        hold = threading.Thread(target=lambda: stack.enter_context(held(int(read_when_there(pid)))))
+        hold.start()
+        fault = Fault(tmp_path / "mark", 1, 2, 3, be_held)
+        fitted = estimator(store, fault, stall_timeout_s=STALL_S, run_id="held").fit(df)
+        hold.join()
+        rank = psutil.Process(int(pid.read_text()))
+        assert rank.is_running(), "it was killed after all"
+    assert_same(outcome(fitted), undisturbed)
+    (restart,) = [record.message for record in caplog.records if "restart 1 of 3" in record.message]
+    assert restart.startswith("held: rank 1 on ")
+    assert f"process {rank.pid} (state t) cannot be killed" in restart
+
+
+def read_when_there(path: Path) -> str:
+    deadline = time.monotonic() + 200
+    while not path.exists():
+        assert time.monotonic() < deadline, "the fit did not come so far"
+        time.sleep(0.05)
+    return path.read_text()
 
 
 def test_the_error_of_a_rank_that_hangs_shows_where(spark: SparkSession) -> None:

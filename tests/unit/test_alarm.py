@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from hvdspark.launch import alarm as alarm_module
 from hvdspark.launch.alarm import Alarm, AlarmServer
 
 TOKEN = "secret"
@@ -90,6 +91,19 @@ def test_the_server_stays_until_all_are_through() -> None:
         alarm.through()
         assert ended.wait(5)
     thread.join()
+
+
+def test_once_it_rings_the_server_leaves_without_those_that_never_are_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alarm_module, "RINGING_S", 0.5)
+    with contextlib.ExitStack() as stack:
+        with AlarmServer("127.0.0.1", ["127.0.0.1"], SIZE, TOKEN) as server:
+            found = [stack.enter_context(Alarm(server.address, TOKEN, rank)) for rank in range(SIZE)]
+            found[1].ring()
+            assert rings(found[0])
+            for rank in (0, 1):
+                found[rank].through()
+        # The block has ended, and the last one still holds its connection.
+        assert server.members.keys() - server._through == {2}
 
 
 def test_the_end_of_the_first_ranks_task_is_heard() -> None:

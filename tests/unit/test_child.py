@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 import cloudpickle
 import psutil
 import pytest
+from unkillable import held
 
 import hvdspark
 from hvdspark.errors import LaunchError, RendezvousError
@@ -226,6 +229,61 @@ def test_a_process_that_was_stopped_is_given_up_with_what_it_was_doing(run: Call
     assert failure.sign.is_silent
 
 
+def test_a_process_that_was_stopped_together_with_its_guard_is_given_up_and_ended(
+    run: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    def stop_my_group() -> None:
+        (tmp_path / "pids").write_text(f"{os.getpid()} {os.getppid()}")
+        os.killpg(0, signal.SIGSTOP)
+        time.sleep(600)
+
+    failure = run(stop_my_group, stall_timeout_s=5).failure
+    assert failure is not None
+    assert failure.kind == "stalled"
+    assert "in stop_my_group" in failure.details
+    assert failure.left == ""
+    _, alive = psutil.wait_procs(running(tmp_path / "pids"), timeout=5)
+    assert alive == []
+
+
+@pytest.mark.parametrize("hangs", [True, False], ids=["hanging", "with a result"])
+def test_a_process_that_cannot_be_killed_is_named_and_not_waited_for(
+    run: Callable[..., Outcome], tmp_path: Path, hangs: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    def wait_for_the_tracer() -> str:
+        (tmp_path / "part").write_text(f"{os.getpid()} {os.getppid()}")
+        (tmp_path / "part").rename(tmp_path / "pids")
+        hvdspark.moved_on("the first batch")
+        while hangs or not (tmp_path / "traced").exists():
+            time.sleep(0.02)
+        return "done"
+
+    outcomes: list[Outcome] = []
+    log = io.BytesIO()
+    settings = {"stall_timeout_s": 5, "log": log}
+    thread = threading.Thread(target=lambda: outcomes.append(run(wait_for_the_tracer, **settings)), daemon=True)
+    thread.start()
+    wait_until((tmp_path / "pids").exists)
+    rank, guard = running(tmp_path / "pids")
+    with held(rank.pid):
+        (tmp_path / "traced").touch()
+        thread.join(60)
+        assert not thread.is_alive()
+        assert rank.is_running()
+    _, alive = psutil.wait_procs([rank, guard], timeout=10)
+    assert alive == []
+    left = f"process {rank.pid} (state t) cannot be killed"
+    assert left in caplog.text
+    if not hangs:
+        assert outcomes[0].failure is None
+        return
+    failure = outcomes[0].failure
+    assert failure is not None
+    assert failure.kind == "stalled"
+    assert failure.left == f"{left}; a file system or a device of here may not answer it"
+    assert failure.left in log.getvalue().decode()
+
+
 def test_work_that_no_longer_moves_on_is_given_up_with_the_stacks_of_its_threads(run: Callable[..., Outcome]) -> None:
     def hang() -> None:
         hvdspark.moved_on("batch 17")
@@ -337,6 +395,15 @@ def test_the_process_dies_when_its_task_is_killed(tmp_path: Path, start: str) ->
         task.wait()
     _, alive = psutil.wait_procs(descendants, timeout=5)
     assert alive == []
+
+
+def running(pids: Path) -> list[psutil.Process]:
+    """Return the processes whose numbers are in a file, those that are still there."""
+    found = []
+    for pid in pids.read_text().split():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.append(psutil.Process(int(pid)))
+    return found
 
 
 def wait_until(condition: Any, timeout_s: float = 30) -> None:

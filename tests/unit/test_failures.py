@@ -58,6 +58,16 @@ def test_a_rank_that_only_its_peers_complained_of_is_named_with_what_it_was_doin
     assert error.failures[0] == WAITING
 
 
+@pytest.mark.parametrize("kind", ["stalled", "peer"])
+def test_what_could_not_be_ended_is_told_with_what_happened(kind: FailureKind) -> None:
+    left = "process 7 (state D) cannot be killed; a file system or a device of host1 may not answer it"
+    silent = Failure(1, "host1", kind, "stopped", time=2, sign=LifeSign(3, "", 30, 30), left=left)
+    assert Failure.from_json(silent.to_json()) == silent
+    first = str(error_of([silent, failure(0, "peer", 1, LifeSign(4, idle_s=30))])).splitlines()[0]
+    assert first.startswith("rank 1 on host1: ")
+    assert first.endswith(f"; {left}")
+
+
 def test_ranks_whose_connection_broke_keep_their_own_words() -> None:
     broken = "HorovodInternalError: Connection closed by peer"
     error = error_of([failure(0, "peer", 1, LifeSign(5), broken), failure(1, "peer", 2, LifeSign(5), broken)])
