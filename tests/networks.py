@@ -180,12 +180,13 @@ def inside(host: Host) -> Iterator[None]:
 
 @contextlib.contextmanager
 def rdma_on(host: Host) -> Iterator[None]:
-    """Have a host show an RDMA device that is up, though there is none."""
+    """Have a host show an RDMA device that is up, mlx5_0 with the interface eth1, though there is none."""
     kept, port = host.temporary / "class-net", "/sys/class/infiniband/mlx5_0/ports/1"
     host.do(
         f"mkdir {kept}; mount --bind /sys/class/net {kept}; mount -t tmpfs none /sys/class; mkdir -p /sys/class/net"
         f" {port}; mount --move {kept} /sys/class/net; rmdir {kept};"
-        f" echo '4: ACTIVE' > {port}/state; echo InfiniBand > {port}/link_layer"
+        f" echo '4: ACTIVE' > {port}/state; echo Ethernet > {port}/link_layer;"
+        f" mkdir -p {port}/gid_attrs/ndevs; echo eth1 > {port}/gid_attrs/ndevs/0"
     )
     try:
         yield

@@ -10,9 +10,10 @@ from pathlib import Path
 import psutil
 
 from hvdspark.errors import RendezvousError
+from hvdspark.launch.fabric import RdmaPort
 
 
-def own_address(host: str, driver_host: str, nics: Sequence[str] = ()) -> str:
+def own_address(host: str, driver_host: str, nics: Sequence[str] = (), ports: Sequence[RdmaPort] = ()) -> str:
     """Return the IPv4 address by which the other executors reach this machine.
 
     Parameters
@@ -22,7 +23,9 @@ def own_address(host: str, driver_host: str, nics: Sequence[str] = ()) -> str:
     driver_host
         The driver's name; the interface that leads to it is the fallback.
     nics
-        Names of the interfaces allowed; the first that has an address is taken.
+        Names of the interfaces or RDMA devices allowed; the first that has an address is taken.
+    ports
+        The host's RDMA ports, whose interfaces stand for their devices.
 
     Raises
     ------
@@ -32,11 +35,14 @@ def own_address(host: str, driver_host: str, nics: Sequence[str] = ()) -> str:
     addresses = _addresses()
     if nics:
         for nic in nics:
-            if nic in addresses:
-                return addresses[nic]
+            for name in (nic, *(name for port in ports if port.device == nic for name in port.interfaces)):
+                if name in addresses:
+                    return addresses[name]
+        there = [f"{nic} ({address})" for nic, address in addresses.items()]
         raise RendezvousError(
             f"none of the network interfaces {', '.join(nics)} has an IPv4 address on {host}; it has:"
-            f" {', '.join(f'{nic} ({address})' for nic, address in addresses.items())}"
+            f" {', '.join(there)}{''.join(f', {port}' for port in ports)}. Name one with an address, also beside an"
+            " RDMA device that has none."
         )
     named = _resolve(host)
     if named in addresses.values() and not named.startswith("127."):

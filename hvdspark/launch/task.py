@@ -92,7 +92,8 @@ class Stage:
             try:
                 mpi = self._find_mpi(context)
                 rows = self._take(batches, stack)
-                address = devices.own_address(peers[own].host, self.driver_host, options.nics)
+                ports = fabric.rdma_ports() if options.nics else []
+                address = devices.own_address(peers[own].host, self.driver_host, options.nics, ports)
                 peers[own] = dataclasses.replace(peers[own], address=address)
                 if context.rank == 0:
                     servers = self._open_servers(peers, own, stack)

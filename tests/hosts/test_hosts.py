@@ -114,12 +114,14 @@ def test_mpi_is_taken_by_itself_where_all_hosts_have_rdma_and_then_nothing_waits
 ) -> None:
     settings: dict[str, Any] = {"controller": "auto", "preload": ["tensorflow", "horovod.tensorflow"]}
     with rdma_on(site.alpha), rdma_on(site.beta):
-        found = hvdspark.run(place, num_proc=SIZE, **settings)
+        found = hvdspark.run(place, num_proc=SIZE, nics=["mlx5_0"], **settings)
         without = hvdspark.run(place, num_proc=SIZE, rdma=False, **settings)
         with pytest.raises(RendezvousError, match=r"rdma=True, but the ranks talk by Gloo \(as asked for\)"):
             hvdspark.run(os.getpid, num_proc=SIZE, rdma=True)
     assert [rank["by_mpi"][:2] for rank in found] == [("MPICH", 11111)] * SIZE
     assert [rank["servers"] for rank in found] == [[]] * SIZE
+    for rank in found:
+        assert rank["listening"] <= {site.net.hosts[rank["host"]].addresses["eth1"], "127.0.0.1"}
     # Gloo's rendezvous is there as long as the job.
     assert [rank["by_mpi"] for rank in without] == [None] * SIZE
     assert len({server for rank in without for server in rank["servers"]}) == 1

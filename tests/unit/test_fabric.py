@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
 from hvdspark.errors import RendezvousError
+from hvdspark.launch.devices import own_address
 from hvdspark.launch.fabric import (
     Rdma,
     RdmaPort,
@@ -89,6 +92,18 @@ def sysfs(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def test_the_ports_of_a_host_are_found(sysfs: Path, expected: list[RdmaPort]) -> None:
     assert rdma_ports(sysfs) == expected
     assert has_peer_memory(sysfs) == (sysfs / "module").exists()
+
+
+@pytest.mark.parametrize("sysfs", [ROCE, INFINIBAND, TWO_PORTS], indirect=True)
+def test_an_rdma_device_stands_for_its_interfaces(sysfs: Path) -> None:
+    ports = rdma_ports(sysfs)
+    # That of the recorded host is not here; the loopback takes its place.
+    here = [dataclasses.replace(port, interfaces=("gone", "lo") if port.interfaces else ()) for port in ports]
+    device = ports[-1].device
+    assert own_address("gpu-7", "driver", [device], here) == "127.0.0.1"
+    text = rf"interfaces {device} has .*; it has: .*lo \(127\.0\.0\.1\).*, {re.escape(str(ports[-1]))}\. Name one"
+    with pytest.raises(RendezvousError, match=text):
+        own_address("gpu-7", "driver", [device], ports)
 
 
 ACTIVE = RdmaPort("mlx5_0", 1, "Ethernet", "ACTIVE", ("ens1",))
