@@ -191,6 +191,10 @@ class ParquetSource(RowSource):
     def provided(self, draft: FitDraft, meanwhile: Callable[[], None]) -> Iterator[WorkFor]:  # noqa: ARG002
         """Look at the files, and make one dataset of training and validation rows."""
         store, manifest = self._survey(draft.columns) if self._written is None else self._written
+        # The model that a dataset was written for may have taken other types.
+        fed_as = {column.name: column.fed_as for column in draft.columns}
+        columns = tuple(replace(column, fed_as=fed_as.get(column.name, ())) for column in manifest.columns)
+        manifest = replace(manifest, columns=columns)
         self.facts = {
             "source": self._path,
             "validation_source": self._validation_path,

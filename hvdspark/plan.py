@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -48,6 +48,9 @@ class ColumnSpec:
         What fills up rows that are shorter than ``size``; ``None`` refuses them.
     packed
         Whether it lies as this library writes it; otherwise as Spark does.
+    fed_as
+        What the model takes the values as, where that does not hold all that ``dtype`` does: NumPy dtype names. A value
+        that one of them cannot hold is refused when it is first seen.
     """
 
     name: str
@@ -59,6 +62,7 @@ class ColumnSpec:
     fill: Filler | None = None
     padding: Filler | None = None
     packed: bool = True
+    fed_as: tuple[str, ...] = ()
 
     @property
     def row_shape(self) -> Shape | None:
@@ -258,9 +262,9 @@ class Manifest:
         )
 
 
-def _column(shape: list[int] | None = None, **values: Any) -> ColumnSpec:
+def _column(shape: list[int] | None = None, fed_as: Sequence[str] = (), **values: Any) -> ColumnSpec:
     """Read a column from JSON, which has lists for tuples."""
-    return ColumnSpec(**values, shape=None if shape is None else tuple(shape))
+    return ColumnSpec(**values, shape=None if shape is None else tuple(shape), fed_as=tuple(fed_as))
 
 
 @dataclass(frozen=True)

@@ -144,11 +144,15 @@ def times(draw: st.DrawFn) -> Column:
             expected=lambda day: np.array([(day - EPOCH.date()).days], "int32"),
         )
     zone = draw(st.sampled_from([None, datetime.UTC]))
+    dtype = draw(st.sampled_from(["int64", "float64"]))
+    # Later ones are more microseconds than float64 counts.
+    latest = datetime.datetime.max if dtype == "int64" else datetime.datetime(2255, 1, 1)
+    earliest = datetime.datetime.min if dtype == "int64" else datetime.datetime(1686, 1, 1)
     return Column(
         spark=T.TimestampNTZType() if zone is None else T.TimestampType(),
         arrow=pa.timestamp("us", tz=None if zone is None else "UTC"),
-        takes=((1,), draw(st.sampled_from(["int64", "float64"]))),
-        value=st.datetimes().map(lambda moment: moment.replace(tzinfo=zone)),
+        takes=((1,), dtype),
+        value=st.datetimes(earliest, latest).map(lambda moment: moment.replace(tzinfo=zone)),
         expected=lambda moment: np.array(
             [(moment.replace(tzinfo=datetime.UTC) - EPOCH) // datetime.timedelta(microseconds=1)], "int64"
         ),

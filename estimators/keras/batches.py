@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvdspark.data.arrays import fill_tensor
-from hvdspark.data.blocks import Block, Blocks, stack
+from hvdspark.data.blocks import Block, Blocks, holds_all, stack
 from hvdspark.data.reader import read_group
 from hvdspark.data.shardcache import CacheRoom
 from hvdspark.data.shards import filler_read, reads_of
@@ -256,7 +256,7 @@ def _stored_dtype(tensor: TensorSpec, specs: dict[str, ColumnSpec]) -> str | Non
     if tensor.dtype == "string" or "string" in {specs[name].dtype for name in tensor.columns}:
         return tensor.dtype
     own = tensor_dtype(dataclasses.replace(tensor, dtype=None), specs)
-    widens = np.can_cast(own.as_numpy_dtype, tensor_dtype(tensor, specs).as_numpy_dtype)
+    widens = holds_all(tensor_dtype(tensor, specs).as_numpy_dtype, own.as_numpy_dtype)
     return str(own.name) if widens else tensor.dtype
 
 

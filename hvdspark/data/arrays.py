@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import pyarrow as pa
 
-from hvdspark.data.blocks import AnyBlock, Block, LateBlock, cast
+from hvdspark.data.blocks import AnyBlock, Block, LateBlock, cast, require_fit
 from hvdspark.data.cells import TextBlock
 from hvdspark.data.images import from_binary, from_structs
 from hvdspark.data.lists import count_nulls, from_lists, has_nulls, primitive, to_lists
@@ -39,10 +39,22 @@ def to_block(column: pa.Array, spec: ColumnSpec) -> AnyBlock:
     ImageError
         When binaries are no images, or images differ.
     ValueRangeError
-        When the spec's dtype cannot hold a value.
+        When the spec's dtype cannot hold a value, or one that the model takes.
     """
-    if column.null_count:
-        return _filled(column, spec)
+    block = _filled(column, spec) if column.null_count else _whole(column, spec)
+    require_fed(block, spec)
+    return block
+
+
+def require_fed(block: AnyBlock, spec: ColumnSpec) -> None:
+    """Raise :class:`ValueRangeError` where the model would not get a column's values as they are."""
+    if isinstance(block, np.ndarray):
+        for dtype in spec.fed_as:
+            require_fit(block, dtype, spec.name)
+
+
+def _whole(column: pa.Array, spec: ColumnSpec) -> AnyBlock:
+    """Convert a column without null rows."""
     if spec.kind == "array":
         block: AnyBlock = from_lists(column, spec)
     elif spec.kind == "vector":
@@ -74,9 +86,9 @@ def _filled(column: pa.Array, spec: ColumnSpec) -> AnyBlock:
     if spec.fill is None:
         raise has_nulls(spec.name, count_nulls(column))
     if spec.kind in _ONE_PER_ROW:
-        return to_block(_as_numbers(column).fill_null(spec.fill), spec)
+        return _whole(_as_numbers(column).fill_null(spec.fill), spec)
     present = column.is_valid().to_numpy(zero_copy_only=False)
-    block = to_block(column.drop_null(), spec)
+    block = _whole(column.drop_null(), spec)
     if isinstance(block, SparseBlock):
         return block.spread(present)
     assert isinstance(block, np.ndarray)

@@ -163,30 +163,91 @@ def late_slices(blocks: Mapping[str, AnyBlock], max_rows: int | None = None) -> 
         yield slice(start, min(start + step, rows))
 
 
+def holds_all(dtype: str | np.dtype[Any], own: str | np.dtype[Any]) -> bool:
+    """Tell whether a dtype holds every value of another as it is."""
+    own, target = np.dtype(own), np.dtype(dtype)
+    # NumPy calls this safe, though float64 holds whole numbers only up to 2**53.
+    is_rounded = own.kind in "iu" and target.kind == "f" and own.itemsize >= target.itemsize
+    return np.can_cast(own, target) and not is_rounded
+
+
 def cast(block: Block, dtype: str, column: str) -> Block:
     """Give an array another dtype.
 
     Raises
     ------
     ValueRangeError
-        When that cannot hold a value: an integer would wrap around, or a finite number become infinite.
+        When that cannot hold a value: a whole number would wrap around or be rounded, a fraction be cut off, or a
+        finite number become infinite. Fractions are rounded to the nearest float.
     """
     target = np.dtype(dtype)
     if block.dtype == target or not block.size:
         return block.astype(target, copy=False)
-    fits = True
-    if target.kind in "iu" and block.dtype.kind in "iu" and not np.can_cast(block.dtype, target):
-        limits = np.iinfo(target)
-        fits = bool(block.min() >= limits.min and block.max() <= limits.max)
-    with np.errstate(over="ignore"):
-        narrowed = block.astype(target)
-    if target.kind == "f" and block.dtype.kind == "f" and target.itemsize < block.itemsize:
-        fits = bool(np.isfinite(narrowed).all()) or bool((np.isfinite(narrowed) == np.isfinite(block)).all())
-    if not fits:
-        raise ValueRangeError(
-            f"column '{column}' has values that {dtype} cannot hold, which is what the model takes; scale the column,"
-            " or give the model an input of a wider type",
-            column=column,
-            dtype=dtype,
-        )
+    narrowed = _narrowed(block, target)
+    _require_same(block, narrowed, column)
     return narrowed
+
+
+def require_fit(block: Block, dtype: str, column: str) -> None:
+    """Raise :class:`ValueRangeError` where :func:`cast` would, for less than that costs."""
+    target = np.dtype(dtype)
+    if block.size and not holds_all(target, block.dtype) and not _is_in_range(block, target):
+        _require_same(block, _narrowed(block, target), column)
+
+
+def _narrowed(block: Block, target: np.dtype[Any]) -> Block:
+    with np.errstate(over="ignore", invalid="ignore"):
+        return block.astype(target)
+
+
+def _is_in_range(block: Block, target: np.dtype[Any]) -> bool:
+    """Tell whether all are whole numbers between two of which a dtype holds every one."""
+    if block.dtype.kind not in "iu":
+        return False
+    if target.kind == "f":
+        most = 2 ** (np.finfo(target).nmant + 1)
+        least = -most
+    elif target.kind == "b":
+        least, most = 0, 1
+    else:
+        least, most = int(np.iinfo(target).min), int(np.iinfo(target).max)
+    return bool(least <= block.min() and block.max() <= most)
+
+
+def _require_same(block: Block, narrowed: Block, column: str) -> None:
+    own, target = block.dtype, narrowed.dtype
+    if holds_all(target, own) or _is_in_range(block, target):
+        return
+    if own.kind == target.kind == "f":
+        changed = np.isinf(narrowed)
+        if changed.any():
+            changed &= np.isfinite(block)
+    else:
+        changed = _narrowed(narrowed, own) != block
+        if own.kind in "iu" and target.kind == "f":
+            # Rounded up beyond the largest there is: what that becomes on the way back, each processor knows better.
+            changed |= narrowed >= float(np.iinfo(own).max)
+        elif own.kind in "iu" and target.kind in "iu":
+            changed |= (narrowed < 0) != (block < 0)
+    if changed.any():
+        raise _unfit(block[changed][0], narrowed[changed][0], column)
+
+
+def _unfit(value: Any, became: Any, column: str) -> ValueRangeError:
+    target = became.dtype
+    if value.dtype.kind in "iu" and target.kind == "f":
+        wrong = f"cannot hold exactly (the nearest is {int(became)})"
+        wide = "integers" if target.itemsize == 8 else "integers or float64"
+        remedy = (
+            f"scale or shift the column, give the model an input of {wide}, or cast the column to double in Spark where"
+            " rounding is meant"
+        )
+    else:
+        wrong = "cannot hold"
+        remedy = "scale the column, or give the model an input of a wider type"
+    return ValueRangeError(
+        f"column '{column}' has the value {value}, which {target.name} {wrong}, and that is what the model takes;"
+        f" {remedy}",
+        column=column,
+        dtype=target.name,
+    )

@@ -8,8 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pyarrow.parquet as pq
 
+from hvdspark.data.arrays import require_fed
 from hvdspark.data.materialize import refuse_nulls
 from hvdspark.data.partitions import Layout
 from hvdspark.errors import CorruptDatasetError, EmptyDatasetError, StoreError
@@ -82,6 +84,8 @@ def survey(url: str, columns: Sequence[ColumnSpec]) -> Survey:
     NullValueError
         When the footers count nulls in a column that has nothing to fill them with; where they do not tell, the ranks
         find out.
+    ValueRangeError
+        When the smallest or largest value of a column, or one of the first row, is none that the model takes as it is.
     """
     store, file = open_parquet(url)
     paths = [file] if file is not None else list(_files(store))
@@ -131,13 +135,16 @@ def _footer(store: Store, path: str) -> pq.FileMetaData:
 
 
 def _check_statistics(footers: Iterable[pq.FileMetaData], columns: Sequence[ColumnSpec]) -> None:
-    """Refuse nulls that nothing fills, as far as the footers count them."""
-    unfilled = [column.name for column in columns if column.fill is None]
+    """Refuse nulls that nothing fills and values that the model does not take, as far as the footers tell."""
+    looked_at = {column.name: column for column in columns if column.fill is None or column.fed_as}
     nulls: Counter[str] = Counter()
     for footer in footers:
-        for name, found in _statistics(footer, unfilled):
-            if found.has_null_count:
+        for name, found in _statistics(footer, list(looked_at)):
+            column = looked_at[name]
+            if found.has_null_count and column.fill is None:
                 nulls[name] += found.null_count
+            if column.fed_as and found.has_min_max and type(found.min) is int:
+                require_fed(np.array([found.min, found.max]), column)
     refuse_nulls(+nulls)
 
 

@@ -13,6 +13,7 @@ from typing import NoReturn
 import numpy as np
 from pyspark.sql import types as T
 
+from hvdspark.data.blocks import holds_all
 from hvdspark.data.columns import axes_of, column_spec, find_field, weight_spec
 from hvdspark.data.missing import Missing, Specs, with_lengths
 from hvdspark.errors import ParamError, SchemaError
@@ -25,7 +26,8 @@ FeatureCols = Sequence[str | Sequence[str]]
 # which seldom are any wider, are written and read 4 times as slowly.
 SPARSE_WIDTH = 4096
 
-# The dtypes of inputs that hold every date (days until the year 9999 are below 2**24) and every timestamp.
+# The dtypes of inputs that hold dates (days until the year 9999 are below 2**24) and timestamps (microseconds until the
+# year 2255 are below 2**53). One that is later and not held is refused when it is seen.
 _EXACT = {
     "date": ("int32", "int64", "uint32", "uint64", "float32", "float64"),
     "timestamp": ("int64", "uint64", "float64"),
@@ -92,7 +94,9 @@ def check_columns(
     labels = _labels(label_cols, specs, outputs, label_shapes)
     specs = with_lengths(specs, (*features, *labels))
     batch = BatchSpec(features, labels, sample_weight_col)
-    stored = tuple(_stored(specs[name], axes_of(schema, name), (*features, *labels), sparse) for name in batch.columns)
+    weights = () if sample_weight_col is None else (TensorSpec((sample_weight_col,), (), "float32"),)
+    tensors = (*features, *labels, *weights)
+    stored = tuple(_stored(specs[name], axes_of(schema, name), tensors, sparse) for name in batch.columns)
     return stored, batch
 
 
@@ -179,6 +183,14 @@ def _check_type(spec: ColumnSpec, wanted: ModelTensor) -> None:
         raise SchemaError(
             f"column '{spec.name}' holds {spec.dtype}, but {takes}: fractions would be cut off. Cast the column to an"
             " integer type.",
+            column=spec.name,
+            expected=wanted.dtype,
+            found=spec.dtype,
+        )
+    if wanted.dtype == "bool" and spec.dtype.startswith("float"):
+        raise SchemaError(
+            f"column '{spec.name}' holds {spec.dtype}, but {takes}: all fractions would be True. Turn the column into a"
+            f" boolean, for instance by comparing it: col('{spec.name}') > 0.5.",
             column=spec.name,
             expected=wanted.dtype,
             found=spec.dtype,
@@ -280,7 +292,10 @@ def _stored(spec: ColumnSpec, axes: int, tensors: Iterable[TensorSpec], sparse: 
         width = spec.size if spec.size is not None else math.prod(shape or ())
         if sparse or width > SPARSE_WIDTH:
             spec = _sparse(spec)
-    return spec
+    if spec.dtype == "string":
+        return spec
+    narrow = {dtype for dtype in wanted - {None, "string"} if dtype is not None and not holds_all(dtype, spec.dtype)}
+    return dataclasses.replace(spec, fed_as=tuple(sorted(narrow)))
 
 
 def _sparse(spec: ColumnSpec) -> ColumnSpec:

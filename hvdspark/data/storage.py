@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pyarrow as pa
 
-from hvdspark.data.arrays import to_block
+from hvdspark.data.arrays import require_fed, to_block
 from hvdspark.data.blocks import AnyBlock
 from hvdspark.data.cells import CellBlock, TextBlock
 from hvdspark.data.images import ImageBlock
@@ -27,14 +27,18 @@ def to_parquet(block: AnyBlock) -> pa.Array:
 def from_parquet(column: pa.Array, spec: ColumnSpec, *, verify: bool = True) -> AnyBlock:
     """Read what :func:`to_parquet` made, or Spark; raises ``ValueError`` when it is not what the spec says.
 
-    Without ``verify``, cells of fixed width are taken for what the first one is.
+    Without ``verify``, cells of fixed width are taken for what the first one is, and values for ones that the model
+    takes.
     """
     if not spec.packed:
         return to_block(column, spec)
     try:
-        return _read(column, spec, verify=verify)
+        block = _read(column, spec, verify=verify)
     except ValueError as exc:
         raise ValueError(f"column '{spec.name}': {exc}") from exc
+    if verify:
+        require_fed(block, spec)
+    return block
 
 
 def _read(column: pa.Array, spec: ColumnSpec, *, verify: bool) -> AnyBlock:

@@ -16,6 +16,7 @@ from hypothesis.extra import numpy as hnp
 
 from hvdspark.data import petastorm_compat  # noqa: F401  (must come before petastorm)
 from hvdspark.data.arrays import fill_tensor, from_array, to_block
+from hvdspark.data.blocks import cast, require_fit
 from hvdspark.data.npy import pack, unpack
 from hvdspark.data.vectors import VECTOR_TYPE
 from hvdspark.errors import NullValueError, RaggedArrayError, ValueRangeError
@@ -259,12 +260,51 @@ def test_vector_outputs_are_dense_spark_vectors(values: Block) -> None:
     assert same_bits(found, values.astype("float64"))
 
 
-def test_whole_numbers_that_do_not_fit_the_models_type_are_refused_instead_of_wrapped_around() -> None:
-    tensor = TensorSpec(("a",), (1,), "int32")
-    fits = np.array([[-(2**31)], [2**31 - 1]], dtype="int64")
-    assert fill_tensor({"a": fits}, tensor).tolist() == fits.tolist()
-    with pytest.raises(ValueRangeError, match=r"'a' has values that int32 cannot hold"):
-        fill_tensor({"a": fits + 1}, tensor)
+@pytest.mark.parametrize(
+    ("given", "dtype", "wrong"),
+    [
+        ([-(2**31), 2**31], "int32", "2147483648"),
+        ([0, -1], "uint64", "-1"),
+        ([0, 1, 2], "bool", "2"),
+        ([5, 2**63 - 1], "float32", str(2**63 - 1)),
+        ([5, 2**63 - 1], "float64", str(2**63 - 1)),
+    ],
+)
+def test_whole_numbers_that_do_not_fit_the_models_type_are_refused_by_value(
+    given: list[int], dtype: str, wrong: str
+) -> None:
+    tensor = TensorSpec(("a",), (1,), dtype)
+    values = np.array(given, dtype="int64").reshape(-1, 1)
+    assert fill_tensor({"a": values[:1]}, tensor).tolist() == values[:1].tolist()
+    with pytest.raises(ValueRangeError, match=rf"'a' has the value {wrong}, which {dtype} cannot hold") as caught:
+        fill_tensor({"a": values}, tensor)
+    assert (caught.value.column, caught.value.dtype) == ("a", dtype)
+
+
+whole_numbers = st.integers(-(2**63), 2**63 - 1) | st.integers(-70, 70).map(lambda offset: 2**53 + offset)
+whole_numbers |= st.builds(lambda bits, odd: 2**bits + odd, st.integers(20, 62), st.integers(-3, 3))
+
+
+@given(
+    st.lists(whole_numbers, min_size=1, max_size=5), st.sampled_from(["float32", "float64", "int32", "int64", "bool"])
+)
+def test_whole_numbers_arrive_exactly_or_not_at_all(values: list[int], dtype: str) -> None:
+    block = np.array(values, dtype="int64").reshape(-1, 1)
+    # Python compares whole numbers and floats exactly.
+    fits = {
+        "bool": lambda value: value in (0, 1),
+        "int32": lambda value: -(2**31) <= value < 2**31,
+        "int64": lambda _: True,
+        "float32": lambda value: float(np.float32(value)) == value,
+        "float64": lambda value: float(value) == value,
+    }[dtype]
+    if all(map(fits, values)):
+        require_fit(block, dtype, "a")
+        assert [int(value) for value in cast(block, dtype, "a").ravel()] == values
+        return
+    for refuses in (cast, require_fit):
+        with pytest.raises(ValueRangeError):
+            refuses(block, dtype, "a")
 
 
 def test_an_open_axis_takes_what_the_others_leave() -> None:

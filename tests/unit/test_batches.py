@@ -18,6 +18,7 @@ from hvdspark.estimators.keras.feeding import StepFeed
 from hvdspark.data.materialize import TRAIN
 from hvdspark.data.schema import resolve
 from hvdspark.data.shards import plan_shards
+from hvdspark.errors import ValueRangeError
 from hvdspark.plan import BatchSpec, ColumnSpec, FitPlan, ShardPlan, TensorSpec
 
 COLUMNS = (
@@ -249,3 +250,33 @@ def test_tensors_of_several_inputs_stay_apart_on_their_way_through_tensorflow() 
 
 def test_a_model_that_is_not_built_gets_plain_tensors() -> None:
     assert packer(keras.Sequential([keras.layers.Dense(1)]), spec(1, 1))("x", "y") == ("x", "y")
+
+
+@pytest.mark.parametrize(("dtype", "exact"), [("float32", 2**24), ("float64", 2**53)])
+def test_whole_numbers_reach_the_model_exactly_or_not_at_all(
+    write_dataset: Callable[..., Any], dtype: str, exact: int
+) -> None:
+    spec = BatchSpec((TensorSpec(("x",), (1,), dtype),), ())
+    for last in (exact, exact + 1):
+        written = write_dataset([ColumnSpec("x", "scalar", "int64")], [[pa.RecordBatch.from_pydict({"x": [1, last]})]])
+        shards = plan_shards(written.manifest.splits[TRAIN], 1, 2, keep_order=True)
+        plan = FitPlan(
+            run_id="run",
+            store=written.store.ref(),
+            dataset=written.dataset,
+            columns=written.manifest.columns,
+            batch=spec,
+            train=shards,
+            val=None,
+            epochs=1,
+            shuffle=False,
+            seed=4,
+        )
+        source = Batches(plan, shards, 0, shuffle=False, workers=1)
+        if last == exact:
+            ((batch,),) = batches_of(source, 1, fill=True)
+            assert (batch.dtype, np.asarray(batch).ravel().tolist()) == (dtype, [1, exact])
+        else:
+            with pytest.raises(tf.errors.UnknownError, match=rf"column 'x' has the value {last}"):
+                batches_of(source, 1, fill=True)
+            assert isinstance(source.error, ValueRangeError)

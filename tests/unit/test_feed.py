@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from hvdspark.data.partitions import Split
 from hvdspark.data.planning import FitDraft
 from hvdspark.data.reader import ShardReader
 from hvdspark.data.shards import filler_read, reads_of
-from hvdspark.errors import EmptyDatasetError, NullValueError, RaggedArrayError
+from hvdspark.errors import EmptyDatasetError, NullValueError, RaggedArrayError, ValueRangeError
 from hvdspark.plan import BatchSpec, ColumnSpec, FitPlan, ShardPlan, StoreRef, TensorSpec
 
 COLUMNS = (
@@ -116,3 +117,13 @@ def test_a_rank_without_rows_is_refused_with_what_to_do() -> None:
         fed([[batch([1])], []]),
     ):
         pass
+
+
+def test_whole_numbers_that_the_model_would_round_are_refused_before_the_ranks_train(scratch: Path) -> None:
+    columns = (dataclasses.replace(COLUMNS[0], fed_as=("float32",)), *COLUMNS[1:])
+    feed = RowFeed(("id", "a", "s", "held"), dataclasses.replace(draft(2), columns=columns))
+    with feed.taken(iter([batch([1, 2])])) as first, feed.taken(iter([batch([2**24 + 1])])) as second:
+        for rows in (first, second):
+            with pytest.raises(ValueRangeError, match=r"column 'id' has the value 16777217"):
+                rows.plan([first.report, second.report])
+    assert list(scratch.iterdir()) == []

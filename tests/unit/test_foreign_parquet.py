@@ -11,7 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from hvdspark.data import parquet
-from hvdspark.data.parquet import survey
+from hvdspark.data.blocks import concatenate
+from hvdspark.data.parquet import Survey, survey
+from hvdspark.data.reader import ShardReader
+from hvdspark.data.shards import plan_shards, reads_of
+from hvdspark.errors import ValueRangeError
 from hvdspark.plan import ColumnSpec
 
 
@@ -45,3 +49,38 @@ def test_a_survey_looks_at_each_column_of_a_footer_a_few_times_however_many_ther
     found = survey(str(tmp_path), [ColumnSpec(name, "scalar", "float32") for name in names])
     assert [group.rows for group in found.groups] == [2, 2]
     assert 2 * len(names) <= Counted.looked <= 10 * len(names)
+
+
+def read(found: Survey) -> dict[str, Any]:
+    """Read the rows as one rank does."""
+    reads = reads_of(plan_shards(found.groups, 1, 10, keep_order=True), 0)
+    with ShardReader(found.store, "", found.columns, reads) as reader:
+        items = list(reader)
+    return {name: concatenate([item[name] for item in items]) for name in items[0]}
+
+
+TIME = ColumnSpec("t", "scalar", "int64", fed_as=("float32",))
+
+
+def test_whole_numbers_that_the_model_would_round_are_found_in_the_footers(tmp_path: Path) -> None:
+    for file, values in (("a", [1, 2]), ("b", [3, 4, 1_700_000_001])):
+        pq.write_table(pa.table({"t": values}), tmp_path / f"{file}.parquet", row_group_size=2)
+    with pytest.raises(ValueRangeError, match=r"'t' has the value 1700000001, which float32 cannot hold exactly"):
+        survey(str(tmp_path), [TIME])
+
+
+@pytest.mark.parametrize("statistics", [True, False])
+def test_whole_numbers_that_the_model_would_round_are_found_by_the_ranks_where_footers_do_not_tell(
+    tmp_path: Path, statistics: bool
+) -> None:
+    def write(*last: int) -> None:
+        # A survey reads the first row group.
+        table = pa.table({"t": [0, 0, 0, *last]})
+        pq.write_table(table, tmp_path / "a.parquet", row_group_size=3, write_statistics=statistics)
+
+    write(0, 2**24 + 1, 2**25)
+    found = survey(str(tmp_path), [TIME])
+    with pytest.raises(ValueRangeError, match=r"'t' has the value 16777217"):
+        read(found)
+    write(0, 2**24 + 2, 2**25)
+    assert read(survey(str(tmp_path), [TIME]))["t"].ravel().tolist() == [0, 0, 0, 0, 2**24 + 2, 2**25]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -660,5 +661,52 @@ def test_doubles_that_float32_cannot_hold_are_refused_and_infinities_are_kept(wr
     narrowed = ColumnSpec("a", "scalar", "float32")
     kept = write_dataset([narrowed], [[batch(a=[1.0, math.inf, -math.inf])]])
     assert joined(read_all(kept, TRAIN))["a"].ravel().tolist() == [1.0, math.inf, -math.inf]
-    with pytest.raises(ValueRangeError, match=r"'a' has values that float32 cannot hold.*scale the column"):
+    with pytest.raises(
+        ValueRangeError, match=r"'a' has the value 1e\+300, which float32 cannot hold.*scale the column"
+    ):
         write_dataset([narrowed], [[batch(a=[1.0])], [batch(a=[1e300])]])
+
+
+@pytest.mark.parametrize(
+    ("column", "rows", "value", "nearest"),
+    [
+        (ColumnSpec("a", "scalar", "int64", fed_as=("float32",)), [1_700_000_001, 5], 1_700_000_001, 1_700_000_000),
+        (ColumnSpec("a", "scalar", "int64", fed_as=("float64",)), [2**53 + 1, 5], 2**53 + 1, 2**53),
+        (
+            ColumnSpec("a", "array", "int64", None, fed_as=("float32",)),
+            [[1, -(2**24) - 1], [2, 3]],
+            -(2**24) - 1,
+            -(2**24),
+        ),
+        (ColumnSpec("a", "array", "int64", 2, padding=2**24 + 1, fed_as=("float32",)), [[1], [2, 3]], 2**24 + 1, 2**24),
+        (ColumnSpec("a", "scalar", "int64", fill=2**24 + 1, fed_as=("float32",)), [None, 5], 2**24 + 1, 2**24),
+        (ColumnSpec("a", "scalar", "float32"), [2**24 + 1, 5], 2**24 + 1, 2**24),
+    ],
+    ids=["float32", "float64", "array", "padding", "fill", "weight"],
+)
+def test_whole_numbers_that_the_model_would_round_are_refused_while_they_are_written(
+    write_dataset: Write, column: ColumnSpec, rows: list[Any], value: int, nearest: int
+) -> None:
+    write_dataset([column], [[batch(a=rows[1:])]])
+    with pytest.raises(
+        ValueRangeError,
+        match=rf"'a' has the value {value}, which float.. cannot hold exactly \(the nearest is {nearest}\)",
+    ) as caught:
+        write_dataset([column], [[batch(a=rows[1:])], [batch(a=rows)]])
+    assert caught.value.column == "a"
+
+
+def test_a_dataset_written_for_one_model_is_checked_for_another(write_dataset: Write) -> None:
+    written = write_dataset([ColumnSpec("a", "scalar", "int64")], [[batch(a=[1, 2**24 + 1])]])
+    reads = reads_of(plan_shards(written.manifest.splits[TRAIN], 1, 2, keep_order=True), 0)
+    columns = [dataclasses.replace(written.manifest.columns[0], fed_as=("float32",))]
+    with (
+        pytest.raises(ValueRangeError, match=r"'a' has the value 16777217"),
+        ShardReader(written.store, written.dataset, columns, reads, verify=True) as reader,
+    ):
+        list(reader)
+
+
+def test_what_a_column_is_fed_as_comes_back_from_the_manifest() -> None:
+    manifest = Manifest((ColumnSpec("a", "scalar", "int64", fed_as=("float32", "int32")),), {TRAIN: ()})
+    assert Manifest.from_json(manifest.to_json()) == manifest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -43,6 +44,10 @@ SCHEMA = (
 
 def tensor(*shape: int | None, dtype: str = "float32", name: str = "x") -> ModelTensor:
     return ModelTensor(name, shape, dtype)
+
+
+def as_stored(column: ColumnSpec) -> ColumnSpec:
+    return dataclasses.replace(column, fed_as=())
 
 
 @pytest.mark.parametrize(
@@ -188,7 +193,7 @@ def test_an_integer_input_refuses_a_column_of_fractions(name: str, dtype: str) -
 @pytest.mark.parametrize("name", ["flag", "i8", "i16", "i32", "i64"])
 def test_integers_fill_an_integer_input_and_are_stored_as_they_are(name: str) -> None:
     columns, batch = check_columns(SCHEMA, feature_cols=[name], inputs=[tensor(1, dtype="int32")])
-    assert columns == (column_spec(SCHEMA, name),)
+    assert [as_stored(column) for column in columns] == [column_spec(SCHEMA, name)]
     assert batch.features[0].dtype == "int32"
 
 
@@ -220,7 +225,7 @@ def test_a_double_that_is_feature_and_label_of_a_wide_model_stays_wide() -> None
         inputs=[tensor(1)],
         outputs=[tensor(1, dtype="float64")],
     )
-    assert columns == (ColumnSpec("f64", "scalar", "float64"),)
+    assert columns == (ColumnSpec("f64", "scalar", "float64", fed_as=("float32",)),)
     assert batch.labels[0].dtype is None
 
 
@@ -325,7 +330,9 @@ def test_a_weight_is_one_number_per_row(name: str) -> None:
 )
 def test_a_weight_that_is_also_fed_to_the_model_keeps_its_values(name: str, given: dict[str, Any]) -> None:
     columns, _ = check_columns(SCHEMA, sample_weight_col=name, **given)
-    assert next(spec for spec in columns if spec.name == name) == column_spec(SCHEMA, name)
+    column = next(spec for spec in columns if spec.name == name)
+    assert as_stored(column) == column_spec(SCHEMA, name)
+    assert column.fed_as == ("float32",)
 
 
 @pytest.mark.parametrize("fraction", [0.001, 0.5, 0.999])
@@ -399,8 +406,37 @@ def test_times_that_the_model_would_round_are_refused(name: str, dtype: str, rem
 )
 def test_times_that_the_model_holds_are_stored_as_whole_numbers(name: str, dtype: str) -> None:
     columns, batch = check_columns(SCHEMA, feature_cols=[name], inputs=[tensor(1, dtype=dtype)])
-    assert columns == (column_spec(SCHEMA, name),)
+    assert [as_stored(column) for column in columns] == [column_spec(SCHEMA, name)]
     assert batch.features[0].dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("name", "dtypes", "fed_as"),
+    [
+        ("i64", ["float32", "int32", "float64", "float32"], ("float32", "float64", "int32")),
+        ("i64", ["int64"], ()),
+        ("i32", ["float32", "float64"], ("float32",)),
+        ("i32", ["bool"], ("bool",)),
+        ("flag", ["float32", "bool", "int32"], ()),
+        ("f32", ["float32", "float64", "bfloat16"], ()),
+        ("f64", ["float32"], ()),
+        ("moment", ["float64"], ("float64",)),
+        ("day", ["float32", "float64"], ("float32",)),
+    ],
+)
+def test_a_column_states_the_types_that_do_not_hold_all_of_it(
+    name: str, dtypes: list[str], fed_as: tuple[str, ...]
+) -> None:
+    inputs = [tensor(1, dtype=dtype) for dtype in dtypes]
+    columns, _ = check_columns(SCHEMA, feature_cols=[name] * len(dtypes), inputs=inputs)
+    assert columns[0].fed_as == fed_as
+
+
+@pytest.mark.parametrize("name", ["f32", "f64", "doubles", "vector"])
+def test_fractions_are_no_truth_values(name: str) -> None:
+    with pytest.raises(SchemaError, match=rf"column '{name}' holds float.* takes bool.*True.*> 0\.5") as caught:
+        check_columns(SCHEMA, feature_cols=[name], inputs=[tensor(None, dtype="bool")])
+    assert (caught.value.column, caught.value.expected) == (name, "bool")
 
 
 def test_a_model_that_states_no_inputs_takes_a_timestamp_alone_but_not_beside_fractions() -> None:
