@@ -289,6 +289,8 @@ class ShardPlan:
         the data. ``False``: each rank has one consecutive piece of the data, read once by nobody else.
     shares
         Rows of each rank, where they lie with the ranks already; ``None`` shares them evenly.
+    lots
+        Number of the share that each rank has, where another fit may give it another; ``None`` where it is the rank's.
     """
 
     groups: tuple[RowGroup, ...]
@@ -296,6 +298,7 @@ class ShardPlan:
     batch_rows: int
     striped: bool = False
     shares: tuple[int, ...] | None = None
+    lots: tuple[int, ...] | None = None
 
     @cached_property
     def rows(self) -> int:
@@ -330,6 +333,10 @@ class ShardPlan:
         if self.shares is not None:
             return self.shares[rank]
         return self.batch_rows * (self.steps - 1) + self.rows_at(rank, self.steps - 1)
+
+    def lot_of(self, rank: int) -> int:
+        """Return the number of the share that a rank has: what is random with its rows goes by that."""
+        return rank if self.lots is None else self.lots[rank]
 
     def own_steps(self, rank: int) -> int:
         """Count the steps of a pass in which a rank has rows; they are the first ones."""

@@ -104,7 +104,7 @@ class Batches:
             self._needed,
             reads_of(shards, rank) if shards.rows_of(rank) else [],
             shuffle=shuffle,
-            seed=(plan.seed, rank),
+            seed=(plan.seed, shards.lot_of(rank)),
             workers=workers,
             stacks=self._stacks,
             cache=plan.cache if passes > 1 else "none",

@@ -164,7 +164,7 @@ class States:
         """Whether a state can be gone on from: within an epoch only where every rank has the same rows left."""
         plan, steps = self._plan, info["steps_per_epoch"]
         is_alike = steps == plan.steps_per_epoch and info["ranks"] == self._session.context.size
-        # Rows that Spark's tasks hand over come in another order each time.
+        # Rows that Spark's tasks hand over come as the query gives them anew, and nothing tells whether that is alike.
         return step % steps == 0 or (is_alike and plan.train.shares is None)
 
     def _info(self, place: Place) -> dict[str, Any]:

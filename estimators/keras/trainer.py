@@ -186,12 +186,12 @@ class _Training:
 
     def _diverge(self) -> None:
         """Let ranks differ from here on where chance is wanted, as in dropout and in the user's own code."""
-        rank = self._session.context.rank
-        keras.utils.set_random_seed((self._plan.seed + rank) % 2**32)
+        lot = self._plan.train.lot_of(self._session.context.rank)
+        keras.utils.set_random_seed((self._plan.seed + lot) % 2**32)
         for variable in self._model.variables:
             # Keras keeps the state of a layer's generator as (seed, counter), a variable that is no weight.
             if variable.path.endswith("seed_generator_state"):
-                variable.assign(np.asarray(variable) + np.array([rank, 0], dtype=variable.dtype))
+                variable.assign(np.asarray(variable) + np.array([lot, 0], dtype=variable.dtype))
 
     def _build(self) -> None:
         """Build a model that learns its shapes from the first rows."""

@@ -46,7 +46,12 @@ class FitDraft:
     validation_steps_per_epoch: int | None = None
 
     def complete(
-        self, manifest: Manifest, data: StoreRef, dataset: str, shares: Mapping[str, tuple[int, ...]] | None = None
+        self,
+        manifest: Manifest,
+        data: StoreRef,
+        dataset: str,
+        shares: Mapping[str, tuple[int, ...]] | None = None,
+        lots: tuple[int, ...] | None = None,
     ) -> FitPlan:
         """Plan the fit on these rows.
 
@@ -58,6 +63,8 @@ class FitDraft:
             Where they are.
         shares
             By split the rows of each rank, where they lie with the ranks already.
+        lots
+            Which share that is for each rank.
 
         Raises
         ------
@@ -70,7 +77,9 @@ class FitDraft:
         def shards(split: str, batch_rows: int, *, keep_order: bool) -> ShardPlan:
             held = None if shares is None else shares[split]
             groups = manifest.splits[split]
-            return plan_shards(groups, self.size, batch_rows, keep_order=keep_order, seed=self.seed, shares=held)
+            return plan_shards(
+                groups, self.size, batch_rows, keep_order=keep_order, seed=self.seed, shares=held, lots=lots
+            )
 
         return FitPlan(
             run_id=self.run_id,

@@ -24,6 +24,7 @@ def plan_shards(
     keep_order: bool,
     seed: int = 0,
     shares: tuple[int, ...] | None = None,
+    lots: tuple[int, ...] | None = None,
 ) -> ShardPlan:
     """Share the rows of a split among the ranks.
 
@@ -43,7 +44,10 @@ def plan_shards(
     seed
         Seed of that order.
     shares
-        Rows of each rank, where they lie with the ranks already, in the order of the groups; nothing moves then.
+        Rows of each rank, where they lie with the ranks already, in the order of the groups; nothing moves then, and
+        they come in the order in which they lie or, by the seed, in a random one.
+    lots
+        Which share that is for each rank.
 
     Raises
     ------
@@ -54,7 +58,7 @@ def plan_shards(
     if not filled:
         raise EmptyDatasetError("the dataset has no rows to share among the ranks; check the input DataFrame")
     if shares is not None:
-        return ShardPlan(groups=tuple(filled), size=size, batch_rows=batch_rows, shares=shares)
+        return ShardPlan(groups=tuple(filled), size=size, batch_rows=batch_rows, shares=shares, lots=lots)
     if not keep_order:
         order = np.random.default_rng(seed).permutation(len(filled))
         filled = [filled[index] for index in order]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
+import pyarrow as pa
 import pytest
 from hvdspark.estimators import KerasEstimator, KerasModel
+from pyspark import TaskContext
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -20,8 +24,11 @@ ROWS = 400
 
 def rows(spark: SparkSession) -> DataFrame:
     """Rows of several kinds, in more partitions than there are ranks and of different sizes, one of them empty."""
-    df = spark.range(0, ROWS, numPartitions=3).where("id < 100 OR id >= 200")
-    return df.selectExpr(
+    return described(spark.range(0, ROWS, numPartitions=3).where("id < 100 OR id >= 200"))
+
+
+def described(ids: DataFrame) -> DataFrame:
+    return ids.selectExpr(
         "id",
         "array(float(id % 7), float(id % 3)) AS a",
         "IF(id % 2 = 0, 'even', 'odd') AS s",
@@ -76,6 +83,39 @@ def test_it_trains_and_validates_on_the_same_rows_as_a_dataset(
     assert of_direct.data["rows"] + of_direct.data["val_rows"] == ROWS - 100
     assert len(of_direct.hosts) == 2
     assert direct.getHistory()["val_loss"][-1] < 0.5 * direct.getHistory()["val_loss"][0]
+
+
+def late(df: DataFrame, partition: int) -> DataFrame:
+    """The same rows, of which those of one partition come last."""
+
+    def wait(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        if TaskContext.get().partitionId() == partition:
+            time.sleep(1.5)
+        yield from batches
+
+    return df.mapInArrow(wait, df.schema)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_the_same_seed_gives_the_same_weights_whatever_comes_first(
+    spark: SparkSession, store: Store, shuffle: bool
+) -> None:
+    df = rows(spark)
+    given = {"data": "direct", "batch_size": 7, "epochs": 2, "shuffle": shuffle}
+    first, second = (weights_of(estimator(store, **given).fit(late(df, partition))) for partition in (0, 2))
+    for ours, theirs in zip(first, second, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    reseeded = weights_of(estimator(store, **given, random_seed=5).fit(df))
+    assert not np.allclose(first[0], reseeded[0], rtol=1e-3)
+
+
+def test_rows_in_order_give_the_weights_that_they_give_as_a_dataset(spark: SparkSession, store: Store) -> None:
+    # In each partition as many for one rank as for the other.
+    df = described(spark.range(0, ROWS, numPartitions=4))
+    given = {"shuffle": False, "validation": None, "batch_size": 7, "epochs": 2}
+    direct, written = (estimator(store, data=data, **given).fit(df) for data in ("direct", "petastorm"))
+    for ours, theirs in zip(weights_of(direct), weights_of(written), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_small_steps_shuffled_and_cached_learn_as_well(spark: SparkSession, store: Store) -> None:
