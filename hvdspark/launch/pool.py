@@ -91,7 +91,7 @@ def take(recipe: Recipe) -> WarmProcess | None:
     """
     try:
         with _entrance(recipe) as (place, executor):
-            return WarmProcess(place.connect() or _start(place, executor, recipe))
+            return WarmProcess(_reached(place) or _start(place, executor, recipe))
     except OSError as exc:
         logger.warning("no warm pool here (%s); training processes start cold", exc)
         return None
@@ -101,7 +101,7 @@ def prewarm(recipe: Recipe) -> None:
     """Start the executor's parent where there is none, and do not wait for it; never fails."""
     try:
         with _entrance(recipe) as (place, executor):
-            (place.connect() or _start(place, executor, recipe)).close()
+            (_reached(place) or _start(place, executor, recipe)).close()
     except OSError as exc:
         logger.debug("no warm pool here: %s", exc)
 
@@ -156,6 +156,25 @@ class Place:
         connection.close()
         return None
 
+    def is_deserted(self) -> bool:
+        """Whether nobody listens at the socket that is there; to be asked within :meth:`locked`, as they are made."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.setblocking(False)
+            try:
+                connection.connect(self.address)
+            except ConnectionRefusedError:
+                return True
+            except OSError:
+                pass
+            return False
+
+    def used_at(self) -> int:
+        """Return when the parent was asked for last, in nanoseconds; zero when it is gone."""
+        try:
+            return os.stat(self.name, dir_fd=self.folder, follow_symlinks=False).st_mtime_ns
+        except FileNotFoundError:
+            return 0
+
     def unlink(self) -> None:
         """Remove the socket, so that nobody finds it any more."""
         with contextlib.suppress(FileNotFoundError):
@@ -208,13 +227,28 @@ def _start(place: Place, executor: int, recipe: Recipe) -> socket.socket:
         return connection
 
 
+def _reached(place: Place) -> socket.socket | None:
+    """Connect to the parent, where there is one, and note that it was of use."""
+    connection = place.connect()
+    if connection is not None:
+        with contextlib.suppress(FileNotFoundError):  # it goes as this looks
+            os.utime(place.name, dir_fd=place.folder)
+    return connection
+
+
 def _make_room(place: Place) -> None:
-    """Remove what is left of a parent at this place, and the executor's oldest others."""
+    """Remove what parents have left that were killed, and of the executor's others those of the longest ago."""
     place.evict()
     executor = place.name.partition("-")[0]
-    names = os.listdir(place.folder)  # noqa: PTH208 - a descriptor
-    others = [Place(place.folder, name) for name in names if name.partition("-")[0] == executor]
-    others.sort(key=lambda other: os.stat(other.name, dir_fd=other.folder).st_mtime_ns)
+    others = []
+    for name in os.listdir(place.folder):  # noqa: PTH208 - a descriptor
+        owner, is_socket, _ = name.partition("-")
+        other = Place(place.folder, name)
+        if is_socket and other.is_deserted():
+            other.unlink()
+        elif owner == executor:
+            others.append(other)
+    others.sort(key=Place.used_at)
     for other in others[: max(0, len(others) - MAX_PARENTS + 1)]:
         other.evict()
 

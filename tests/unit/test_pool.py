@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -165,6 +166,46 @@ def test_another_environment_gets_another_parent_and_an_executor_keeps_few(impor
     assert len(imports.read_text().split()) == 3
     wait_until(lambda: len(parents()) == pool.MAX_PARENTS)
     assert len(sockets(tmp_path)) == pool.MAX_PARENTS
+
+
+def test_the_parent_that_was_used_last_stays_though_it_is_the_oldest(imports: Path) -> None:
+    for level in ("1", "2", "1", "3", "1"):
+        assert run(recipe_with(imports, LEVEL=level), lambda: os.environ["LEVEL"]) == level
+    assert len(imports.read_text().split()) == 3
+
+
+def test_a_parent_that_goes_as_room_is_made_is_no_hindrance(
+    imports: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert run(recipe_with(imports, LEVEL="1"), lambda: 1) == 1
+    listdir = os.listdir
+
+    def list_as_it_goes(folder: int) -> list[str]:
+        names = listdir(folder)
+        for name in set(names) - {"lock"}:
+            os.unlink(name, dir_fd=folder)
+        return names
+
+    monkeypatch.setattr(os, "listdir", list_as_it_goes)
+    pid = run(recipe_with(imports, LEVEL="2"), lambda: psutil.Process().parent().ppid())
+    assert str(pid) in imports.read_text().split()
+    assert caplog.text == ""
+
+
+def test_what_killed_executors_left_is_removed_and_nothing_else(imports: Path, tmp_path: Path) -> None:
+    assert run(recipe_with(imports, LEVEL="1"), lambda: 1) == 1
+    folder = tmp_path / f"hvdspark-{os.getuid()}"
+    (killed, busy) = (socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX))
+    killed.bind(str(folder / "1-killed"))
+    killed.close()
+    with busy:
+        busy.bind(str(folder / "1-busy"))
+        busy.listen()
+        assert run(recipe_with(imports, LEVEL="2"), lambda: 2) == 2
+        assert "1-busy" in sockets(tmp_path)
+    assert "1-killed" not in sockets(tmp_path)
+    assert (folder / "lock").is_file()
+    assert len(sockets(tmp_path)) == 3
 
 
 def test_a_parent_that_nobody_needs_ends_and_the_next_task_gets_a_new_one(imports: Path, tmp_path: Path) -> None:
