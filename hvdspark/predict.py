@@ -70,7 +70,7 @@ class ScorePlan:
     loader
         Address ``"package.module:function"`` of the function that makes a :class:`Scorer` from the payload.
     key
-        Identifies the payload; a Python worker keeps the scorer of one key for its later tasks.
+        Identifies the payload; a Python worker keeps the scorers of a few keys for its later tasks.
     """
 
     columns: tuple[ColumnSpec, ...]
@@ -220,26 +220,43 @@ def _task_of(
 
 @dataclass
 class _Kept:
-    """The scorer of this Python worker, the key of its payload, and whether collections of garbage pass it over."""
+    """A scorer of this Python worker, the size of its payload, and whether collections of garbage pass it over."""
 
-    key: str
     scorer: Scorer
+    size_bytes: int
     is_spared: bool = False
 
 
-# One: a worker that scores with several models in turn is rare, and models are large.
-_kept: _Kept | None = None
+# A Pipeline may score with several models, and its workers serve any of its stages. But models are large.
+MAX_SCORERS, MAX_PAYLOAD_BYTES = 4, 512 << 20
+
+# By the key of the payload; the one used last is the last.
+_kept: dict[str, _Kept] = {}
 
 
 def _scorer(plan: ScorePlan, payload: Broadcast[bytes]) -> Scorer:
     """Make the scorer, or take the one that an earlier task of this Python worker made."""
-    global _kept
-    if _kept is None or _kept.key != plan.key:
-        # A model before this one is garbage now, for the next collection to find.
-        _kept = None
+    kept = _kept.pop(plan.key, None)
+    if kept is None:
+        _make_room(len(payload.value))
+        kept = _Kept(_load(plan.loader, payload), len(payload.value))
+    _kept[plan.key] = kept
+    return kept.scorer
+
+
+def _make_room(size_bytes: int) -> None:
+    """Give up the scorers that were not used for longest, so that another of this size can be kept beside the rest."""
+    is_garbage = False
+    while _kept and (
+        len(_kept) >= MAX_SCORERS or size_bytes + sum(kept.size_bytes for kept in _kept.values()) > MAX_PAYLOAD_BYTES
+    ):
+        del _kept[next(iter(_kept))]
+        is_garbage = True
+    if is_garbage:
+        # For the next collection to find.
         gc.unfreeze()
-        _kept = _Kept(plan.key, _load(plan.loader, payload))
-    return _kept.scorer
+        for kept in _kept.values():
+            kept.is_spared = False
 
 
 def _load(loader: str, payload: Broadcast[bytes]) -> Scorer:
@@ -261,10 +278,11 @@ def _spare_from_collection() -> None:
     PySpark's daemon collects after every task, which takes 0.1 to 0.2 s where TensorFlow is in the process. Done at the
     end of a scorer's first task, when it has compiled what it will call.
     """
-    if _kept is not None and not _kept.is_spared:
+    if not all(kept.is_spared for kept in _kept.values()):
         gc.collect()
         gc.freeze()
-        _kept.is_spared = True
+        for kept in _kept.values():
+            kept.is_spared = True
 
 
 def score_batch(batch: pa.RecordBatch, plan: ScorePlan, scorer: Scorer) -> pa.RecordBatch:

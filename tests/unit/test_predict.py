@@ -309,13 +309,13 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[weakref.ref[Heavy]]
         return scorer
 
     monkeypatch.setitem(sys.modules, "heavy_scorers", types.SimpleNamespace(load=load))  # type: ignore[misc]
-    monkeypatch.setattr(predict, "_kept", None)
+    monkeypatch.setattr(predict, "_kept", {})
     yield found
     gc.unfreeze()
 
 
-def run_task(key: str) -> None:
-    payload: Any = types.SimpleNamespace(value=b"")
+def run_task(key: str, size_bytes: int = 0) -> None:
+    payload: Any = types.SimpleNamespace(value=bytes(size_bytes))
     heavy = replace(plan([out()]), loader="heavy_scorers:load", key=key)
     [scored] = predict._task_of(heavy, payload, FULL.schema.names)([FULL])
     assert scored.column(scored.num_columns - 1).to_pylist() == [2.0, 4.0, 6.0]
@@ -326,13 +326,26 @@ def test_a_worker_loads_a_model_once_and_collections_of_garbage_pass_it_over(loa
     run_task("first")
     assert len(loaded) == 1
     assert not any(isinstance(found, Heavy) for found in gc.get_objects())
-    assert predict._kept is not None
-    assert predict._kept.scorer is loaded[0]()
+    assert predict._kept["first"].scorer is loaded[0]()
 
 
-def test_a_model_goes_when_a_worker_scores_with_another(loaded: list[weakref.ref[Heavy]]) -> None:
-    run_task("first")
-    run_task("second")
+def test_models_that_take_turns_are_loaded_once_each(loaded: list[weakref.ref[Heavy]]) -> None:
+    for key in ("first", "second", "first", "second"):
+        run_task(key)
     assert len(loaded) == 2
-    assert loaded[0]() is None
-    assert loaded[1]() is not None
+
+
+def test_of_many_models_the_one_that_was_not_used_for_longest_goes(loaded: list[weakref.ref[Heavy]]) -> None:
+    for key in ("0", "1", "2", "3", "0", "4"):
+        run_task(key)
+    assert len(loaded) == predict.MAX_SCORERS + 1 == 5
+    assert [number for number, scorer in enumerate(loaded) if scorer() is None] == [1]
+    assert not any(isinstance(found, Heavy) for found in gc.get_objects())
+
+
+def test_large_models_go_sooner(loaded: list[weakref.ref[Heavy]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predict, "MAX_PAYLOAD_BYTES", 100)
+    for key, size_bytes in (("first", 40), ("second", 40), ("third", 50), ("giant", 1000)):
+        run_task(key, size_bytes)
+        left = [number for number, scorer in enumerate(loaded) if scorer() is not None]
+        assert left == {"first": [0], "second": [0, 1], "third": [1, 2], "giant": [3]}[key]
