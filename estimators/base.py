@@ -28,6 +28,7 @@ from hvdspark.history import EpochRecord, Table, epoch_table
 from hvdspark.launch.options import LaunchOptions
 from hvdspark.plan import BatchSpec, CacheMode, ColumnSpec, ModelTensor, TrainResult
 from hvdspark.predict import OutputColumn, ScorePlan, score, scored_schema
+from hvdspark.recording import Recording
 from hvdspark.run import active_session
 from hvdspark.runs import log_folder
 from hvdspark.store import Store
@@ -117,13 +118,13 @@ class HorovodEstimator(Estimator, EstimatorParams, abc.ABC):  # type: ignore[typ
         places = (os.fspath(path), None if validation_path is None else os.fspath(validation_path))
         return Fit(self._converted(), ParquetSource(active_session(), *places)).run()
 
-    def _fit(self, dataset: DataFrame) -> HorovodModel:
+    def _fit(self, dataset: DataFrame, job: Recording | None = None) -> HorovodModel:
+        """Fit; ``job`` is the record of the job that this is a part of, and closes it."""
         estimator = self._converted()
         if estimator._value("data") == "direct":
-            return Fit(estimator, FedSource(dataset)).run()
-        return Fit(
-            estimator, FrameSource(dataset, estimator._required("store"), keep=estimator._value("keep_dataset"))
-        ).run()
+            return Fit(estimator, FedSource(dataset), job).run()
+        source = FrameSource(dataset, estimator._required("store"), keep=estimator._value("keep_dataset"))
+        return Fit(estimator, source, job).run()
 
     def _batch(self, frame_schema: StructType) -> tuple[tuple[ColumnSpec, ...], BatchSpec]:
         inputs, outputs = self._describe()

@@ -17,6 +17,19 @@ if TYPE_CHECKING:
 # Values of these may be secrets: a record says which there are.
 _NAMES_ONLY = ("backend_env",)
 
+# Parameters that say how and where ranks run, and what is shown and kept of it. All others decide what comes out, so
+# that a run which goes on must have them as it began.
+OPERATIONAL = frozenset(
+    {
+        *("num_proc", "min_proc", "max_restarts", "start_timeout", "stall_timeout_s", "warm_pool", "use_gpu"),
+        *("controller", "nics", "rdma", "allow_insecure_transport", "backend_env", "allreduce", "on_nan"),
+        *("train_reader_num_workers", "cache", "inmemory_cache_all", "keep_dataset", "val_batch_size"),
+        *("checkpoint_steps", "keep_checkpoints", "verbose", "tensorboard", "timeline", "mlflow", "run_id"),
+    }
+)
+# Parameters of what a model does with rows once it is trained.
+SCORING = frozenset({"output_cols", "output_types", "transform_batch_size"})
+
 
 def params_of(estimator: HorovodEstimator) -> dict[str, Any]:
     """Return an estimator's parameters and attributes, defaults included; of what may be secret the names alone."""

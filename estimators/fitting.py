@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 import uuid
@@ -15,10 +16,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import cloudpickle
-from hvdspark.estimators.facts import data_facts, kept_metrics, params_of
+from hvdspark.estimators.facts import OPERATIONAL, SCORING, data_facts, kept_metrics, params_of
 from hvdspark.estimators.outputs import planned_outputs
 from hvdspark.estimators.progress import shown
 from hvdspark.estimators.sources import RowSource, Work, WorkFor
@@ -29,26 +30,36 @@ from pyspark.sql.types import StructType
 from hvdspark.data.feed import FedStage
 from hvdspark.data.partitions import Split
 from hvdspark.data.planning import FitDraft
-from hvdspark.errors import NotEnoughSlotsError, ParamError, RunInProgressError, StageLostError, WorkerFailedError
+from hvdspark.errors import (
+    NotEnoughSlotsError,
+    ParamError,
+    RunInProgressError,
+    StageLostError,
+    StoreError,
+    WorkerFailedError,
+)
+from hvdspark.history import EpochRecord, by_metric, read_history
 from hvdspark.launch.barrier import run_barrier, warm_up
 from hvdspark.launch.options import LaunchOptions
 from hvdspark.launch.slots import await_slots, check_slots, count_slots
 from hvdspark.launch.transport import check_transport
+from hvdspark.lease import is_held
 from hvdspark.plan import BatchSpec, ColumnSpec, FitPlan, TrainResult
 from hvdspark.predict import scored_schema
 from hvdspark.recording import Recording, recorded
 from hvdspark.retention import discard
 from hvdspark.runs import (
+    JOB,
     busy,
-    epochs_of,
+    finite_only,
     in_progress,
     is_in_progress,
     is_removed,
     log_folder,
     next_attempt,
-    numbers,
     published_model,
     run_folder,
+    stored_record,
 )
 from hvdspark.store import Store
 from hvdspark.versions import package_versions
@@ -70,13 +81,17 @@ class Fit:
         What to fit, with all its values converted.
     source
         The rows.
+    job
+        The record of the job that the fit is a part of, which closes it; by default the fit has a record of its own.
     """
 
     _recording: Recording
+    _tracking: Tracking
 
-    def __init__(self, estimator: HorovodEstimator, source: RowSource) -> None:
+    def __init__(self, estimator: HorovodEstimator, source: RowSource, job: Recording | None = None) -> None:
         self._estimator = estimator
         self._source = source
+        self._job = job
         self._phases: dict[str, float] = {}
         self._start: WarmStart | None = None
         self._run_id = estimator._value("run_id") or new_run_id(estimator._kind)
@@ -85,45 +100,59 @@ class Fit:
         """Fit, and return the model."""
         estimator, session = self._estimator, self._source.session
         with self._timed("check"):
-            store, draft, options = self._check(session)
+            store = self._checked_store()
+            checked = None if self._trained(store) else self._check(session, store)
         with ExitStack() as stack:
             # Nothing is left of a run whose record cannot be written.
             stack.callback(store.delete_if_empty, run_folder(self._run_id))
             stack.enter_context(in_progress(store, self._run_id))
-            # Another fit may have trained it since it was looked at.
-            self._check_unfinished(store)
-            tracking = self._begin(store, draft, stack)
-            with self._timed("write"):
-                meanwhile = partial(warm_up, session, draft.size, options)
-                work_for = stack.enter_context(self._source.provided(draft, meanwhile))
-                work = work_for(draft.size)
-            self._recording.note(data=data_facts(self._source.facts, draft, work))
-            if self._start is not None:
-                keep_start(store, self._run_id, self._start, estimator._suffix)
-            with self._timed("launch"), shown(store, self._run_id, draft.epochs, estimator._value("verbose")):
-                answers = self._launch(store, draft.size, work, work_for, options)
-            # The answer came through Spark's own channel from a process that this fit started.
-            result: TrainResult = cloudpickle.loads(answers[0])
+            self._refuse_job(store)
+            # Another fit may have trained it, or somebody removed it, since it was looked at.
+            trained = self._trained(store)
+            if trained is not None:
+                result = self._recalled(store, trained, stack)
+            else:
+                result = self._train(store, *(checked or self._check(session, store)), stack)
             with self._timed("publish"):
                 model = estimator._make_model(store.read_bytes(result.model_path), result)
                 metrics, epoch = kept_metrics(result.history, estimator._best_of())
-                self._recording.note(artefacts={"model": result.model_path}, metrics=metrics, epoch=epoch)
-                tracking.finish(result, model)
-            self._account(result)
+                self._recording.note(artefacts={"model": result.model_path})
+                if metrics:
+                    self._recording.note(metrics=metrics, epoch=epoch)
+                self._tracking.finish(result, model)
+            if trained is None:
+                self._account(result)
         model._resetUid(estimator.uid)
         estimator._copyValues(model)
         model._set(run_id=self._run_id)
         model._phases = dict(self._phases)
-        self._say("phases: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self._phases.items()))
-        self._say(f"{result.rows_per_s:,.0f} rows per second; steps waited {result.data_wait_share:.1%} for rows")
         return model
 
-    def _begin(self, store: Store, draft: FitDraft, stack: ExitStack) -> Tracking:
+    def _train(self, store: Store, draft: FitDraft, options: LaunchOptions, stack: ExitStack) -> TrainResult:
+        """Provide the rows, and have the ranks train."""
+        estimator, session = self._estimator, self._source.session
+        self._begin(store, draft, stack)
+        with self._timed("write"):
+            meanwhile = partial(warm_up, session, draft.size, options)
+            work_for = stack.enter_context(self._source.provided(draft, meanwhile))
+            work = work_for(draft.size)
+        self._recording.note(data=data_facts(self._source.facts, draft, work))
+        if self._start is not None:
+            keep_start(store, self._run_id, self._start, estimator._suffix)
+        with self._timed("launch"), shown(store, self._run_id, draft.epochs, estimator._value("verbose")):
+            answers = self._launch(store, draft.size, work, work_for, options)
+        # The answer came through Spark's own channel from a process that this fit started.
+        result: TrainResult = cloudpickle.loads(answers[0])
+        return result
+
+    def _begin(self, store: Store, draft: FitDraft, stack: ExitStack) -> None:
         """Begin the run's record, and its run in MLflow where that is wanted."""
         if is_removed(store, self._run_id):
             discard(store, self._run_id)
         estimator = self._estimator
-        facts = {
+        if self._job is not None:
+            self._phases = {**self._job.record.phases, **self._phases}
+        facts: dict[str, Any] = {
             "kind": estimator._kind,
             "params": {**params_of(estimator), "num_proc": draft.size, "run_id": self._run_id},
             "versions": package_versions(),
@@ -131,8 +160,79 @@ class Fit:
             # The very dictionary, so that the record has each phase as soon as it has ended.
             "phases": self._phases,
         }
-        self._recording = stack.enter_context(recorded(store, self._run_id, **facts))
-        return stack.enter_context(tracked(self._recording, store, is_wanted=bool(estimator._value("mlflow"))))
+        if self._job is None:
+            self._recording = stack.enter_context(recorded(store, self._run_id, **facts))
+        else:
+            self._recording = self._job
+            # What an earlier driver measured is not what comes now.
+            self._job.note(**facts, hosts=(), artefacts={}, metrics={}, epoch=None)
+            self._job.publish()
+        self._track(store, stack)
+
+    def _track(self, store: Store, stack: ExitStack) -> None:
+        is_wanted = bool(self._estimator._value("mlflow"))
+        self._tracking = stack.enter_context(tracked(self._recording, store, is_wanted=is_wanted))
+
+    def _trained(self, store: Store) -> str | None:
+        """Return the model of a run that was trained to its end, but whose driver died before it could say so.
+
+        Raises
+        ------
+        ParamError
+            When it is finished.
+        """
+        path = published_model(store, self._run_id)
+        if path is None or is_removed(store, self._run_id):
+            return None
+        record = stored_record(store, self._run_id)
+        state = "without a record" if record is None else record.state
+        if self._job is None and state in ("finished", "damaged", "without a record"):
+            raise ParamError(
+                f"run_id='{self._run_id}' exists already in {store} and is {state}; give another one, or none for a new"
+                " one",
+                param="run_id",
+            )
+        return path
+
+    def _recalled(self, store: Store, path: str, stack: ExitStack) -> TrainResult:
+        """Return what the ranks of a run came to, whose driver did not live to take it; close its record."""
+        estimator = self._estimator
+        if self._job is None:
+            self._refuse_other_params(store)
+        logger.info("%s is trained to its end already, and is not trained again", self._run_id)
+        if self._job is None:
+            self._recording = stack.enter_context(recorded(store, self._run_id, goes_on=True))
+        else:
+            self._recording = self._job
+        self._track(store, stack)
+        inputs, outputs = estimator._describe_trained(store.read_bytes(path))
+        epochs = recalled_epochs(store, self._run_id)
+        return TrainResult(
+            by_metric(epochs),
+            path,
+            phases={},
+            # Only the ranks knew these.
+            rows_per_s=0.0,
+            data_wait_share=0.0,
+            inputs=tuple(inputs or ()),
+            outputs=tuple(outputs or ()),
+            epochs=tuple(epoch.to_plain() for epoch in epochs),
+        )
+
+    def _refuse_other_params(self, store: Store) -> None:
+        """Raise where what is trained already is not what this fit is to train."""
+        record = stored_record(store, self._run_id)
+        if record is None or not record.params:
+            return
+        now = json.loads(json.dumps(finite_only(params_of(self._estimator))))
+        for param in self._estimator.params:
+            before, value = record.params.get(param.name), now.get(param.name)
+            if before != value and param.name not in OPERATIONAL | SCORING:
+                raise ParamError(
+                    f"run_id='{self._run_id}' was trained with {param.name}={before!r}, and now it is {value!r}; give"
+                    " another run_id, or what the run was trained with",
+                    param="run_id",
+                )
 
     def _launch(self, store: Store, wanted: int, work: Work, work_for: WorkFor, options: LaunchOptions) -> list[bytes]:
         """Run the ranks, and again from their last checkpoint when some were killed or lost."""
@@ -175,18 +275,29 @@ class Fit:
             return wanted
         return max(fewest, min(wanted, await_slots(self._source.session, wanted, options.slots_timeout_s)))
 
-    def _check(self, session: SparkSession) -> tuple[Store, FitDraft, LaunchOptions]:
-        """Find every error that can be found without a Spark job; returns what the fit goes by."""
-        estimator = self._estimator
-        estimator._check()
-        if estimator._value("mlflow"):
-            require_mlflow()
-        store = estimator._required("store")
+    def _checked_store(self) -> Store:
+        """Return the Store; raises where it cannot be one, or another is at the run."""
+        store = self._estimator._required("store")
         if not isinstance(store, Store):
             raise ParamError(
                 f"store={store!r} is a {type(store).__name__}; give hvdspark.Store.create('/shared/folder')",
                 param="store",
             )
+        if self._job is None and is_in_progress(store, self._run_id):
+            raise RunInProgressError(busy(self._run_id), run_id=self._run_id)
+        return store
+
+    def _refuse_job(self, store: Store) -> None:
+        """Leave a run alone that a job is at, be it with what comes after the training."""
+        if self._job is None and is_held(store, run_folder(self._run_id), JOB):
+            raise RunInProgressError(busy(self._run_id), run_id=self._run_id)
+
+    def _check(self, session: SparkSession, store: Store) -> tuple[FitDraft, LaunchOptions]:
+        """Find every error that can be found without a Spark job; returns what the fit goes by."""
+        estimator = self._estimator
+        estimator._check()
+        if estimator._value("mlflow"):
+            require_mlflow()
         self._source.check(estimator._value("validation"))
         columns, batch = estimator._batch(self._source.schema)
         _, outputs = estimator._describe()
@@ -206,23 +317,8 @@ class Fit:
         check_transport(session, allow_insecure=options.allow_insecure_transport)
         check_slots(session, num_proc, options.slots_timeout_s)
         store.check_writable()
-        self._check_run(store)
         self._find_start(store, session)
-        return store, draft, options
-
-    def _check_run(self, store: Store) -> None:
-        """Refuse a run that is finished, or that another fit is at; one that was interrupted goes on."""
-        self._check_unfinished(store)
-        if is_in_progress(store, self._run_id):
-            raise RunInProgressError(busy(self._run_id), run_id=self._run_id)
-
-    def _check_unfinished(self, store: Store) -> None:
-        if published_model(store, self._run_id) is not None and not is_removed(store, self._run_id):
-            raise ParamError(
-                f"run_id='{self._run_id}' exists already in {store} and is finished; give another one, or none for a"
-                " new one",
-                param="run_id",
-            )
+        return draft, options
 
     def _find_start(self, store: Store, session: SparkSession) -> None:
         """Read the weights to begin with, and check that they fit; a run that goes on has its own."""
@@ -269,13 +365,15 @@ class Fit:
         )
 
     def _account(self, result: TrainResult) -> None:
-        """Split the stage's time into what the launch cost and what the ranks did."""
+        """Split the stage's time into what the launch cost and what the ranks did, and tell of it."""
         in_rank = sum(result.phases.values())
         publish = self._phases.pop("publish")
         self._phases["launch"] = max(0.0, self._phases["launch"] - in_rank)
         for name, seconds in result.phases.items():
             self._phases[name] = self._phases.get(name, 0.0) + seconds
         self._phases["publish"] = self._phases.get("publish", 0.0) + publish
+        self._say("phases: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self._phases.items()))
+        self._say(f"{result.rows_per_s:,.0f} rows per second; steps waited {result.data_wait_share:.1%} for rows")
 
     def _say(self, text: str) -> None:
         if self._estimator._value("verbose"):
@@ -290,41 +388,14 @@ class Fit:
             self._phases[phase] = time.perf_counter() - start
 
 
-def trained_model(estimator: HorovodEstimator) -> HorovodModel | None:
-    """Return the model of a run that was trained to its end, as ``fit`` would have: its driver may have died then.
-
-    Parameters
-    ----------
-    estimator
-        With the ``store`` and the ``run_id`` of that run.
-
-    Returns
-    -------
-    HorovodModel or None
-        ``None`` where there is no such run, or it has not come to its end. What the ranks measured (phases, rows per
-        second) is not known of it.
-    """
-    estimator = estimator._converted()
-    store, run_id = estimator._required("store"), estimator._required("run_id")
-    path = published_model(store, run_id)
-    if path is None:
-        return None
-    data = store.read_bytes(path)
-    inputs, outputs = estimator._describe_trained(data)
-    result = TrainResult(history_of(store, run_id), path, {}, 0.0, 0.0, tuple(inputs or ()), tuple(outputs or ()))
-    model = estimator._make_model(data, result)
-    model._resetUid(estimator.uid)
-    estimator._copyValues(model)
-    return model
-
-
-def history_of(store: Store, run_id: str) -> dict[str, list[float]]:
-    """Return what the ranks left of each epoch: per metric its values, as ``getHistory`` has them."""
-    history: dict[str, list[float]] = {}
-    for epoch in epochs_of(store, run_id):
-        for name, value in numbers(epoch["metrics"]).items():
-            history.setdefault(name, []).append(value)
-    return history
+def recalled_epochs(store: Store, run_id: str) -> tuple[EpochRecord, ...]:
+    """Return what the ranks of a run have left of its epochs; none where that is damaged, with a warning."""
+    try:
+        return read_history(store, run_id)
+    except StoreError as exc:
+        # The model is worth more than what was measured on the way to it.
+        logger.warning("the history of %s is lost: %s", run_id, exc)
+        return ()
 
 
 def new_run_id(kind: str) -> str:

@@ -188,6 +188,15 @@ def read_progress(store: Store, run_id: str) -> Progress | None:
     return _read(store, run_id, _PROGRESS, Progress.from_plain)
 
 
+def by_metric(epochs: Sequence[EpochRecord]) -> dict[str, list[float]]:
+    """Return the values of each metric by epoch, as Keras' history has them."""
+    found: dict[str, list[float]] = {}
+    for record in epochs:
+        for name, value in record.metrics.items():
+            found.setdefault(name, []).append(value)
+    return found
+
+
 class Table(str):
     """A text that a console and a notebook show as it is, line by line."""
 

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from hvdspark.errors import HvdSparkError, StageLostError, StoreError
@@ -59,6 +59,16 @@ class Recording:
         _write(self._store, self._record)
 
     @contextlib.contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Record how long a block takes, by the name of a phase."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.note(phases={**self._record.phases, phase: time.perf_counter() - began})
+            self.publish()
+
+    @contextlib.contextmanager
     def attempt(self, ranks: int) -> Iterator[None]:
         """Record that so many ranks are launched in the block, and what becomes of them."""
         self.note(attempts=(*self._record.attempts, Attempt(time.time(), ranks=ranks)))
@@ -84,18 +94,21 @@ class Recording:
 
 
 @contextlib.contextmanager
-def recorded(store: Store, run_id: str, **fields: Any) -> Iterator[Recording]:
+def recorded(store: Store, run_id: str, *, goes_on: bool = False, **known: Any) -> Iterator[Recording]:
     """Keep a record of what becomes of a run in the block; errors of the block go through.
 
     Parameters
     ----------
     store, run_id
         Which one; the block must hold it, see :func:`in_progress`.
-    fields
-        What is known of it already. The attempts of an earlier driver are kept.
+    goes_on
+        Whether the block does what an earlier driver has left to do: then all that is in the record stays. Otherwise
+        it keeps the attempts alone, and where else the run is logged.
+    known
+        What is known of it already.
     """
-    earlier = _earlier(store, run_id)
-    recording = Recording(store, RunRecord(run_id, "running", time.time(), **{**earlier, **fields}))
+    earlier = _earlier(store, run_id, with_facts=goes_on)
+    recording = Recording(store, RunRecord(run_id, "running", time.time(), **{**earlier, **known}))
     recording.publish()
     # A Store that goes meanwhile is not made anew for a note.
     recording._store = store.within(run_folder(run_id))
@@ -141,8 +154,8 @@ def _is_interruption(exc: BaseException) -> bool:
     return is_cancelled or not isinstance(exc, Exception)
 
 
-def _earlier(store: Store, run_id: str) -> dict[str, Any]:
-    """Return what a run that goes on keeps of its record: the attempts, and where else it is logged."""
+def _earlier(store: Store, run_id: str, *, with_facts: bool) -> dict[str, Any]:
+    """Return what a run that goes on keeps of its record."""
     try:
         record = stored_record(store, run_id)
     except StoreError:
@@ -152,7 +165,10 @@ def _earlier(store: Store, run_id: str) -> dict[str, Any]:
     attempts = closed(record, record.ended).attempts
     if not attempts:  # it had not come to that
         attempts = (Attempt(record.started, record.ended, record.cause or GONE),)
-    return {"attempts": attempts, "mlflow_run_id": record.mlflow_run_id}
+    kept = {field.name: getattr(record, field.name) for field in fields(record)} if with_facts else {}
+    of_the_driver = ("run_id", "state", "started", "ended", "cause")
+    facts = {name: value for name, value in kept.items() if name not in of_the_driver}
+    return {**facts, "attempts": attempts, "mlflow_run_id": record.mlflow_run_id}
 
 
 def _write(store: Store, record: RunRecord) -> None:

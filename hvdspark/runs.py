@@ -1,7 +1,8 @@
 """What has become of a run: a record in its folder, which its driver writes and anybody can read.
 
-A driver that is killed writes nothing more. So a record that says ``running`` is believed only as long as its driver
-holds the run's lease; and what the ranks have left in the folder by themselves is read with it.
+A driver that is killed writes nothing more. So a record that says ``running`` is believed only as long as somebody
+holds a lease on the run: the driver that trains, or the job around the training. And what the ranks have left in the
+folder by themselves is read with it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ REMOVED = b'{"removed": true}'
 # What ended an attempt whose driver said nothing of it.
 GONE = "its driver is gone"
 
-_LEASE = "driver"
+# What leases on a run are for. Only one driver trains or removes it; a job holds it from its beginning to its end.
+_DRIVER, JOB = "driver", "job"
 
 # Two fits that begin at once see each other, and one of them goes on within moments.
 _CLAIM_S = 2.0
@@ -109,7 +111,7 @@ class RunRecord:
     hosts
         Where each rank ran in the last attempt.
     phases
-        Seconds that each phase took, of the driver that was the last at it.
+        Seconds that each phase took when it was last gone through.
     artefacts
         Paths in the Store of what the run made, by kind: ``"model"``.
     attempts
@@ -229,8 +231,8 @@ def run_names(store: Store) -> list[str]:
 
 
 def is_in_progress(store: Store, run_id: str) -> bool:
-    """Whether a driver is at the run."""
-    return is_held(store, run_folder(run_id), _LEASE)
+    """Whether a driver is at the run: one that trains, or a job with what comes before and after that."""
+    return is_held(store, run_folder(run_id))
 
 
 @contextlib.contextmanager
@@ -246,9 +248,9 @@ def in_progress(store: Store, run_id: str) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(held_alone(store, run_folder(run_id), _LEASE, _CLAIM_S))
+            stack.enter_context(held_alone(store, run_folder(run_id), _DRIVER, _CLAIM_S))
         except StoreError as exc:
-            if is_in_progress(store, run_id):
+            if is_held(store, run_folder(run_id), _DRIVER):
                 raise RunInProgressError(busy(run_id), run_id=run_id) from exc
             raise
         yield

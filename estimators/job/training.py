@@ -12,11 +12,11 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from hvdspark.estimators.fitting import new_run_id, trained_model
+from hvdspark.estimators.fitting import new_run_id
 from hvdspark.estimators.job.building import Building
 from hvdspark.estimators.job.config import RUN_ID, JobConfig
 from hvdspark.estimators.job.document import Document
@@ -34,15 +34,15 @@ from pyspark.sql import DataFrame, SparkSession
 from hvdspark.aliases import AliasEntry, promote, read_alias
 from hvdspark.errors import AliasConflictError, RunInProgressError
 from hvdspark.lease import held, is_held
-from hvdspark.runs import PIPELINE, PREPARATION, RESULT, run_folder
+from hvdspark.recording import Recording, recorded
+from hvdspark.retention import discard
+from hvdspark.runs import JOB, PIPELINE, PREPARATION, RESULT, in_progress, is_removed, run_folder
 from hvdspark.store import Store
 from hvdspark.warmstart import ALIAS
 
 logger = logging.getLogger(__name__)
 
 CANDIDATE = "candidate"
-
-_LEASE = "job"
 
 # How often a model is compared anew when, while it was compared, another one was promoted.
 _COMPARISONS = 3
@@ -74,6 +74,8 @@ class TrainJob:
         Whether the run has left anything in the Store by this job's doing.
     """
 
+    _recording: Recording
+
     def __init__(self, config: JobConfig, document: Document, store: Store) -> None:
         self._config = config
         self._document = document
@@ -92,7 +94,7 @@ class TrainJob:
     def finished(self) -> JobResult | None:
         """Return the result of the run where it is finished already; nothing is trained then."""
         found = read_result(self._store, self.run_id)
-        if found is None or found.state != "finished":
+        if found is None or found.state != "finished" or is_removed(self._store, self.run_id):
             return None
         logger.info("%s is finished already; this is its result", self.run_id)
         return found
@@ -116,7 +118,7 @@ class TrainJob:
         """Hold the run, or raise where another driver does."""
         self._refuse_company()
         try:
-            with held(self._store, self._folder, _LEASE) as own:
+            with held(self._store, self._folder, JOB) as own:
                 # Of two that begin at once at least one sees the other here.
                 self._refuse_company(own)
                 yield
@@ -132,10 +134,27 @@ class TrainJob:
             )
 
     def _run(self, session: SparkSession, building: Building) -> JobResult:
+        with self._recorded():
+            return self._go_on(session, building)
+
+    @contextmanager
+    def _recorded(self) -> Iterator[None]:
+        """Keep the run's record, from before there is anything to train on until the model is promoted or not."""
+        with ExitStack() as stack:
+            # Nobody removes the run meanwhile.
+            with in_progress(self._store, self.run_id):
+                if is_removed(self._store, self.run_id):
+                    discard(self._store, self.run_id)
+                self._recording = stack.enter_context(
+                    recorded(self._store, self.run_id, goes_on=True, kind=KerasEstimator._kind)
+                )
+            self.has_begun = True
+            yield
+
+    def _go_on(self, session: SparkSession, building: Building) -> JobResult:
         # What an earlier driver came to is history; one that is killed now leaves no word.
         self._store.delete(self._folder, RESULT)
         notes = self._begin()
-        self.has_begun = True
         if notes.model is None:
             notes = self._train(session, building, notes)
         assert notes.model is not None
@@ -193,11 +212,8 @@ class TrainJob:
         if estimator is None:
             estimator = building.estimator(self._store, self.run_id, notes.warm_start, prepared)
         self._check_gate(building, estimator, prepared, rows)
-        model = trained_model(estimator)
-        if model is None:
-            model = estimator.fit(prepared.transform(rows.train))
-        else:
-            logger.info("%s is trained already", self.run_id)
+        # A run that is trained already, whose driver died then, is not trained again.
+        model = estimator._fit(prepared.transform(rows.train), self._recording)
         assert isinstance(model, KerasModel)
         address = self._output(session)
         PipelineModel(stages=[*prepared.stages, model]).write().overwrite().save(address)

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import cloudpickle
 from hvdspark.estimators.base import HorovodModel, tensors_from_json, tensors_to_json
-from hvdspark.estimators.fitting import history_of
+from hvdspark.estimators.fitting import recalled_epochs
 from hvdspark.estimators.keras import codec
 from hvdspark.estimators.persistence import Persistable
 
 from hvdspark.errors import ModelFormatError, ParamError
-from hvdspark.history import EpochRecord
+from hvdspark.history import EpochRecord, by_metric
 from hvdspark.plan import ModelTensor
 from hvdspark.runs import published_model, require_run
 from hvdspark.store import Store
@@ -72,7 +72,7 @@ class KerasModel(HorovodModel, Persistable):
         Returns
         -------
         KerasModel
-            As ``fit`` gave it, without what the ranks measured.
+            As ``fit`` gave it, without its phases and its rows per second.
 
         Raises
         ------
@@ -96,7 +96,8 @@ class KerasModel(HorovodModel, Persistable):
                 f"the record of the run '{run_id}' in {store} does not say what {origin} takes and gives; save the"
                 " fitted model with write().save(path), and give that path"
             )
-        model = cls(data, inputs or (), outputs, history_of(store, run_id), custom_objects)
+        epochs = recalled_epochs(store, run_id)
+        model = cls(data, inputs or (), outputs, by_metric(epochs), custom_objects, epochs)
         model._assign({param.name: record.params.get(param.name) for param in model.params})
         model._origin = origin
         return model

@@ -25,8 +25,10 @@ from pyspark.sql import functions as F
 from hvdspark import Store, cli
 from hvdspark.aliases import AliasEntry, promote, read_alias, rollback
 from hvdspark.errors import DataError, EmptyDatasetError, ParamError, SchemaError
+from hvdspark.history import EpochRecord, RankTimes, write_history
 from hvdspark.lease import held
 from hvdspark.recording import recorded
+from hvdspark.runs import Attempt, RunRecord, read_record
 
 # What a model gives by which the label is the better, the further from 0 the weights of x are.
 ROWS = 400
@@ -189,9 +191,17 @@ def test_no_rows_to_compare_on_are_an_error(spark: SparkSession, data: str) -> N
         yardstick.measure(fitted(network, ["x"], ["y"]), spark.read.parquet(data).where("id < 0"))
 
 
+def epoch(number: int, loss: float) -> EpochRecord:
+    times = RankTimes(0, "here", seconds=1.0, data_wait_s=0.0, allreduce_s=0.0, compute_s=1.0)
+    return EpochRecord(number, 1.0, 1.0, ROWS, float(ROWS), None, {"loss": loss}, None, (times,))
+
+
 @pytest.fixture
 def train(spark: SparkSession, data: str, tmp_path: Path) -> Any:
-    """Return a function that calls ``hvdspark train`` for a run whose training has come to its end with a weight."""
+    """Return a function that calls ``hvdspark train`` for a run that is trained, with a weight, and whose driver died.
+
+    tests/faults/test_last_words.py has such drivers; here the runs are as they leave them.
+    """
     store = Store.create(tmp_path / "store")
     dense(1, None, 0.0, "y").save(tmp_path / "network.keras")
     (tmp_path / "job.yaml").write_text(
@@ -206,8 +216,9 @@ def train(spark: SparkSession, data: str, tmp_path: Path) -> Any:
         if weight is not None:
             network = dense(1, None, weight, "y")
             store.publish_bytes(codec.model_to_bytes(network), "runs", run_id, "model.keras")
-            epochs = {"epochs": [{"epoch": 1, "metrics": {"loss": 3.0}}, {"epoch": 2, "metrics": {"loss": 2.0}}]}
-            store.publish_bytes(json.dumps(epochs).encode(), "runs", run_id, "history.json")
+            write_history(store, run_id, [epoch(1, 3.0), epoch(2, 2.0)])
+            record = RunRecord(run_id, "running", 1.0, kind="keras", attempts=(Attempt(2.0, 3.0, ranks=1),))
+            store.publish_bytes(json.dumps(record.to_json()).encode(), "runs", run_id, "run.json")
         command = ["train", "--config", str(tmp_path / "job.yaml"), "--run-id", run_id, *arguments]
         done = CliRunner().invoke(cli.main, command)
         return done.exit_code, json.loads(done.stdout.splitlines()[-1])
@@ -222,7 +233,11 @@ def test_a_run_that_is_trained_is_published_compared_and_promoted_without_traini
     assert b"hush" not in store.read_bytes("runs", "first", "job.json")
     assert (code, first["state"], first["promoted"], first["champion"]) == (0, "finished", True, None)
     assert first["training"] == {"loss": 2.0}
-    assert PipelineModel.load(first["model"]).stages[-1].getHistory() == {"loss": [3.0, 2.0]}
+    model = PipelineModel.load(first["model"]).stages[-1]
+    assert (model.getHistory(), model.epochs) == ({"loss": [3.0, 2.0]}, (epoch(1, 3.0), epoch(2, 2.0)))
+    record = read_record(store, "first")
+    assert record is not None
+    assert (record.state, record.metrics, record.epoch) == ("finished", {"loss": 2.0}, 2)
 
     code, worse = train("worse", 0.5)
     assert (code, worse["promoted"]) == (0, False)
