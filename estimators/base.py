@@ -91,6 +91,11 @@ class HorovodEstimator(Estimator, EstimatorParams, abc.ABC):  # type: ignore[typ
             return {}
         return {"store": store.url, "storage_options": sorted(store.ref().storage_options)}
 
+    @property
+    def outputs(self) -> Tensors:
+        """What the model gives, output by output; ``None`` where only its first rows will tell."""
+        return self._describe()[1]
+
     def fit_on_parquet(
         self, path: str | os.PathLike[str], validation_path: str | os.PathLike[str] | None = None
     ) -> HorovodModel:
@@ -256,6 +261,11 @@ class HorovodModel(Model, ModelParams, abc.ABC):
         Counted as :attr:`rows_per_s` is: without validation and the first epoch; zero after loading.
         """
         return self._data_wait_share
+
+    @property
+    def outputs(self) -> tuple[ModelTensor, ...]:
+        """What the model gives, output by output."""
+        return self._outputs
 
     @property
     def output_columns(self) -> tuple[OutputColumn, ...]:

@@ -172,6 +172,16 @@ class ModelParams(WithAccessors):
     )
     run_id = param("run_id", "name of the run and of its folder in the Store (default: a new one)", to_run_id)
 
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        """The columns that the model learns, or has learnt, to predict, one per output; empty where none are given."""
+        return tuple(self._value("label_cols") or ())
+
+    @property
+    def missing(self) -> Missing:
+        """What stands for nulls, and fills up short rows."""
+        return self._missing()
+
     def _missing(self) -> Missing:
         return Missing.from_params(self._value("fill_nulls"), self._value("padding"))
 

@@ -316,13 +316,18 @@ def _checked(entry: AliasEntry) -> AliasEntry:
     return AliasEntry(entry.run_id, entry.model, metrics)
 
 
-def _place(name: str) -> str:
+def check_name(name: str) -> str:
+    """Return the name of an alias as it is; raises :class:`ParamError` for what none can be called."""
     if not _NAME.fullmatch(name):
         raise ParamError(
             f"{name!r} is no name of an alias: use up to 64 letters, digits, '_' and '-', such as 'champion'",
             param="alias",
         )
-    return f"{ALIASES}/{name}{_SUFFIX}"
+    return name
+
+
+def _place(name: str) -> str:
+    return f"{ALIASES}/{check_name(name)}{_SUFFIX}"
 
 
 def _write(store: Store, name: str, entry: AliasEntry) -> None:

@@ -13,10 +13,14 @@ from hvdspark.estimators.keras.estimator import KerasEstimator
 from hvdspark.estimators.keywords import HINTS, REPLACED
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from hvdspark.aliases import check_name
 from hvdspark.errors import ParamError, closest
 
 # Where in the Store the model of a run goes, unless the configuration says otherwise.
 RUN_ID = "{run_id}"
+
+# The alias of the last model that was compared, whatever came of it.
+CANDIDATE = "candidate"
 
 # What the job itself decides.
 _NOT_THERE = {
@@ -33,6 +37,12 @@ def _scalar(value: Any) -> Any:
     if isinstance(value, str | bool | int | float):
         return value
     raise ValueError(f"give one value, not {value!r}")
+
+
+def _alias(name: str) -> str:
+    if check_name(name) == CANDIDATE:
+        raise ValueError(f"every model that is compared becomes '{CANDIDATE}'; give another name, such as 'champion'")
+    return name
 
 
 Scalar = Annotated[Any, AfterValidator(_scalar)]
@@ -133,7 +143,7 @@ class JobConfig(_Section):
     evaluation: Evaluation | None = None
     output: Text | None = None
     promote_if: Text | None = None
-    alias: Text = "champion"
+    alias: Annotated[Text, AfterValidator(_alias)] = "champion"
     warm_start: Text | None = None
     spark: dict[str, Scalar] = {}
 

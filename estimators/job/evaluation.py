@@ -22,7 +22,7 @@ from pyspark.sql.types import StructType
 
 from hvdspark.data import schema
 from hvdspark.data.arrays import fill_tensor, to_block
-from hvdspark.errors import EmptyDatasetError, ModelFormatError
+from hvdspark.errors import EmptyDatasetError, ModelFormatError, ParamError
 from hvdspark.plan import BatchSpec, ColumnSpec, ModelTensor, TensorSpec
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ class Yardstick:
         Column with each row's weight in the loss.
     label_shapes
         As for the estimator.
+    label_cols
+        What the models must have learnt to predict; empty for whatever they have.
     """
 
     compiling: Mapping[str, Any]
@@ -57,6 +59,7 @@ class Yardstick:
     custom_objects: Mapping[str, Any] = field(default_factory=dict)
     sample_weight_col: str | None = None
     label_shapes: Sequence[Sequence[int]] | None = None
+    label_cols: tuple[str, ...] = ()
 
     def names(self, frame_schema: StructType, label_cols: Sequence[str]) -> list[str]:
         """Return the names of the metrics, for labels of a schema; raises ``SchemaError`` where these do not fit."""
@@ -92,20 +95,7 @@ class Yardstick:
         SchemaError, ParamError, ModelFormatError
             When there are no labels, or the pipeline has no Keras model with such outputs.
         """
-        last = keras_stage(model)
-        scored = model.transform(rows)
-        given = [ModelTensor(column.name, column.shape, "float32") for column in last.output_columns]
-        labels = last._value("label_cols")
-        columns, batch = schema.check_columns(
-            scored.schema,
-            feature_cols=[tensor.name for tensor in given],
-            label_cols=labels,
-            sample_weight_col=self.sample_weight_col,
-            inputs=given,
-            outputs=self.outputs,
-            label_shapes=self.label_shapes,
-            missing=last._missing().only(labels),
-        )
+        scored, columns, batch = self.planned(model, rows)
         payload, read = self._payload(batch), _reader(columns, batch)
 
         def add_up(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -122,6 +112,32 @@ class Yardstick:
             raise EmptyDatasetError("there are no rows to evaluate the model on: check 'evaluation'")
         results = _Meter(payload).results([part["sums"] for part in parts])
         return {PREFIX + name: value for name, value in results.items()}
+
+    def planned(self, model: Transformer, rows: DataFrame) -> tuple[DataFrame, tuple[ColumnSpec, ...], BatchSpec]:
+        """Return the scored rows, lazily, and how predictions and labels are read of them; errors as :meth:`measure`.
+
+        No job runs, so that one can find out before a training whether a model can be measured after it.
+        """
+        last = keras_stage(model)
+        labels = last.label_columns
+        if self.label_cols and labels != self.label_cols:
+            raise ParamError(
+                f"it predicts {', '.join(labels) or 'no label'}, and label_cols are {', '.join(self.label_cols)}",
+                param="label_cols",
+            )
+        scored = model.transform(rows)
+        given = [ModelTensor(column.name, column.shape, "float32") for column in last.output_columns]
+        columns, batch = schema.check_columns(
+            scored.schema,
+            feature_cols=[tensor.name for tensor in given],
+            label_cols=labels,
+            sample_weight_col=self.sample_weight_col,
+            inputs=given,
+            outputs=self.outputs,
+            label_shapes=self.label_shapes,
+            missing=last.missing.only(labels),
+        )
+        return scored, columns, batch
 
     def _payload(self, batch: BatchSpec) -> bytes:
         """Describe the yardstick by plain values, to make it anew in a task."""

@@ -84,6 +84,11 @@ class Gate:
     text: str
     conditions: tuple[_Condition, ...]
 
+    @property
+    def needs_current(self) -> bool:
+        """Whether the current model must be measured, where there is one."""
+        return any(condition.bound is None for condition in self.conditions)
+
     @classmethod
     def parse(cls, text: str) -> Gate:
         """Read an expression such as ``"val_loss < current * 0.99 and val_auc > 0.8"``, or ``"always"``.

@@ -11,14 +11,13 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from hvdspark.estimators.fitting import new_run_id
 from hvdspark.estimators.job.building import Building
-from hvdspark.estimators.job.config import RUN_ID, JobConfig
+from hvdspark.estimators.job.config import CANDIDATE, RUN_ID, JobConfig
 from hvdspark.estimators.job.document import Document
 from hvdspark.estimators.job.evaluation import Yardstick, keras_stage
 from hvdspark.estimators.job.gate import Gate
@@ -28,12 +27,21 @@ from hvdspark.estimators.job.result import JobResult, Notes, read_result
 from hvdspark.estimators.job.rows import read_rows, require_rows, split_rows
 from hvdspark.estimators.keras.estimator import KerasEstimator
 from hvdspark.estimators.keras.model import KerasModel
+from pyspark.errors import AnalysisException, IllegalArgumentException
 from pyspark.ml import Pipeline, PipelineModel
+from pyspark.ml.base import Transformer
 from pyspark.sql import DataFrame, SparkSession
 
 from hvdspark.aliases import AliasEntry, promote, read_alias
-from hvdspark.errors import AliasConflictError, RunInProgressError
+from hvdspark.errors import (
+    AliasConflictError,
+    ConfigError,
+    ModelFormatError,
+    ParamError,
+    RunInProgressError,
+)
 from hvdspark.lease import held, is_held
+from hvdspark.plan import ModelTensor
 from hvdspark.recording import Recording, recorded
 from hvdspark.retention import discard
 from hvdspark.runs import JOB, PIPELINE, PREPARATION, RESULT, in_progress, is_removed, run_folder
@@ -41,8 +49,6 @@ from hvdspark.store import Store
 from hvdspark.warmstart import ALIAS
 
 logger = logging.getLogger(__name__)
-
-CANDIDATE = "candidate"
 
 # How often a model is compared anew when, while it was compared, another one was promoted.
 _COMPARISONS = 3
@@ -199,6 +205,8 @@ class TrainJob:
     # Training
 
     def _train(self, session: SparkSession, building: Building, notes: Notes) -> Notes:
+        # What would keep the gate from deciding is found before anything is fitted.
+        champion = self._champion_model(session, building, self._champion())
         estimator = None
         if not building.needs_preparation:
             # What is wrong with it is found before the stages are fitted.
@@ -211,7 +219,7 @@ class TrainJob:
         prepared, notes = self._prepare(session, building, rows, notes)
         if estimator is None:
             estimator = building.estimator(self._store, self.run_id, notes.warm_start, prepared)
-        self._check_gate(building, estimator, prepared, rows)
+        self._check_gate(building, estimator, prepared, rows, champion)
         # A run that is trained already, whose driver died then, is not trained again.
         model = estimator._fit(prepared.transform(rows.train), self._recording)
         assert isinstance(model, KerasModel)
@@ -248,16 +256,27 @@ class TrainJob:
 
     # Evaluation and promotion
 
-    def _check_gate(self, building: Building, estimator: KerasEstimator, prepared: PipelineModel, rows: _Rows) -> None:
+    def _check_gate(
+        self,
+        building: Building,
+        estimator: KerasEstimator,
+        prepared: PipelineModel,
+        rows: _Rows,
+        champion: Transformer | None,
+    ) -> None:
         """Find out before the training what the gate would stumble over after it."""
-        _, outputs = estimator._describe()
+        outputs = estimator.outputs
         if self._gate is None or not self._gate.conditions or outputs is None:
             return
         schema = prepared.transform(rows.train).schema
-        yardstick = self._yardstick(building, outputs)
-        self._gate.check(yardstick.names(schema, estimator._required("label_cols")))
+        yardstick = self._yardstick(building, outputs, estimator.label_columns)
+        self._gate.check(yardstick.names(schema, estimator.label_columns))
+        if champion is not None:
+            assert rows.held_out is not None
+            with self._comparing():
+                yardstick.planned(champion, rows.held_out)
 
-    def _yardstick(self, building: Building, outputs: Any) -> Yardstick:
+    def _yardstick(self, building: Building, outputs: Sequence[ModelTensor], labels: tuple[str, ...]) -> Yardstick:
         params = self._config.estimator.params
         return Yardstick(
             building.yardstick,
@@ -265,6 +284,7 @@ class TrainJob:
             building.custom_objects,
             params.get("sample_weight_col"),
             params.get("label_shapes"),
+            labels,
         )
 
     def _compare(self, session: SparkSession, building: Building, notes: Notes) -> Notes:
@@ -278,12 +298,13 @@ class TrainJob:
             try:
                 assert notes.model is not None
                 model = load_model(session, notes.model, self._store, building.custom_objects)
-                yardstick = self._yardstick(building, keras_stage(model)._outputs)
+                last = keras_stage(model)
+                yardstick = self._yardstick(building, last.outputs, last.label_columns)
                 metrics = yardstick.measure(model, held_out)
-                if champion is not None:
-                    address = address_of(session, self._store, champion)
-                    other = load_model(session, address, self._store, building.custom_objects)
-                    others = yardstick.measure(other, held_out)
+                other = self._champion_model(session, building, champion)
+                if other is not None:
+                    with self._comparing():
+                        others = yardstick.measure(other, held_out)
             finally:
                 held_out.unpersist()
         verdict = None if self._gate is None else self._gate.decide(metrics, others)
@@ -304,6 +325,37 @@ class TrainJob:
             return None
         entry = read_alias(self._store, self._config.alias)
         return None if entry is not None and entry.run_id == self.run_id else entry
+
+    def _champion_model(
+        self, session: SparkSession, building: Building, champion: AliasEntry | None
+    ) -> Transformer | None:
+        """Load the champion, where there is one to compare with."""
+        if champion is None or self._config.evaluation is None:
+            return None
+        model = None
+        with self._comparing():
+            address = address_of(session, self._store, champion)
+            model = load_model(session, address, self._store, building.custom_objects)
+        return model  # noqa: RET504 - none where the error was passed over
+
+    @contextmanager
+    def _comparing(self) -> Iterator[None]:
+        """Say of a champion that cannot be compared what to do; a gate that does without it passes over that."""
+        try:
+            yield
+        except (ConfigError, ModelFormatError, AnalysisException, IllegalArgumentException) as exc:
+            reason = str(exc).strip().partition("\n")[0].rstrip(".")
+            assert self._gate is not None
+            if not self._gate.needs_current:
+                logger.warning("%s: the champion is not compared: %s", self.run_id, reason)
+                return
+            alias = self._config.alias
+            raise ParamError(
+                f"the model that the alias '{alias}' refers to cannot be compared with a new one: {reason}. Let the"
+                f" alias refer to another (hvdspark models rollback {alias}, or promote {alias} RUN), or promote this"
+                " one without a comparison: --set promote_if=always",
+                param="alias",
+            ) from exc
 
     def _promote(self, notes: Notes) -> None:
         """Let the aliases refer to the model; raises ``AliasConflictError`` where the champion is another by now."""

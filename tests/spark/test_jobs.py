@@ -290,6 +290,31 @@ def test_a_model_whose_loss_is_not_a_number_is_not_promoted_and_does_not_stay(tr
     assert (code, second["promoted"], second["champion"]["run_id"]) == (0, True, "forced")
 
 
+def test_a_champion_that_cannot_be_compared_is_found_before_the_training(train: Any) -> None:
+    store: Store = train.store
+
+    def refused(run_id: str, *arguments: str) -> tuple[int, str]:
+        code, result = train(run_id, None, *arguments)
+        assert not store.exists("runs", run_id, "run.json")
+        return code, result["cause"]
+
+    always = ("--set", "promote_if=always")
+    train("first", 1.0, *always)
+    store.delete("runs", "first", "pipeline")
+    code, cause = refused("next")
+    assert (code, "to cannot be compared with a new one: there is no saved model in" in cause) == (78, True)
+    assert "hvdspark models rollback champion" in cause
+
+    # What always promotes does without a comparison, here with a model for another column.
+    code, other = train("other", 1.0, *always, "--set", "label_cols=[is_odd]")
+    assert (code, other["promoted"], other["champion"]) == (0, True, {"run_id": "first", "metrics": {}})
+    code, cause = refused("next")
+    assert (code, "it predicts is_odd, and label_cols are y" in cause) == (78, True)
+
+    store.publish_bytes(b"{", "aliases", "champion.json")
+    assert "the alias 'champion' is damaged" in refused("next", *always)[1]
+
+
 def test_a_run_that_was_promoted_by_hand_is_scored_with_and_compared(
     spark: SparkSession, train: Any, data: str, tmp_path: Path
 ) -> None:

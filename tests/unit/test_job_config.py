@@ -116,6 +116,8 @@ def test_set_replaces_values_at_any_depth(load: Any, assignment: str, found: Any
             r"would overwrite the promoted model; put \{run_id\} into",
         ),
         ({"added": "promote_if: __import__('os')\n"}, r"promote_if=\"__import__\('os'\)\": give '<metric> <operator>"),
+        ({"added": "alias: my champion\n"}, r"line 10: alias: 'my champion' is no name of an alias: use up to 64"),
+        ({"added": "alias: candidate\n"}, r"line 10: alias: every model that is compared becomes 'candidate'; give"),
         ({"added": "run_id: a/b\n"}, r"run_id='a/b': use letters"),
         ({"sets": ("input.pth=/x",)}, r"--set input\.pth: input\.pth is not known\. Did you mean 'path'\?"),
         ({"sets": ("epochs=none",)}, r"--set epochs: estimator\.epochs: epochs='none': give an integer"),
