@@ -1,10 +1,40 @@
-"""How fast the training steps are, and how long they wait for rows."""
+"""How fast the steps are, how long they wait for rows, and how many of them to take at a time."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+# Seconds that a call of a compiled function should take at most. Nobody sees what it does meanwhile: the progress that
+# is shown stands still, and a rank that does not move on for longer than stall_timeout_s is taken to hang.
+CALL_S = 1.0
+
+
+class Pace:
+    """How many steps a call of a compiled function takes: fewer where they are slow.
+
+    Parameters
+    ----------
+    most
+        How many at most.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self.steps = 1
+        """For the next call. The first has one: how long a step takes is not known before."""
+
+    @contextmanager
+    def call(self, count: int) -> Iterator[None]:
+        """Time a call, which is the block, of so many steps."""
+        began = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
+        if seconds > CALL_S:
+            self.steps = max(1, count // 2)
+        elif count == self.steps and 2 * seconds <= CALL_S:
+            self.steps = min(2 * count, self._most)
 
 
 class StepClock:

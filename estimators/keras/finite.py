@@ -50,7 +50,7 @@ class FiniteGuard:
         self._ended = False
         self._missing: list[int] = []
         with tf.device("CPU:0"):
-            # A bit for every step of a call: whether it was bad, and whether this rank's own gradients were.
+            # A bit for every step since the last look: whether it was bad, and whether this rank's own gradients were.
             self._bad = tf.Variable(tf.zeros(2, tf.int64), trainable=False)
             self._skipped = tf.Variable(0, trainable=False, dtype=tf.int64)
 
@@ -65,7 +65,7 @@ class FiniteGuard:
         return self._looks and self.policy != "fail"
 
     def begin(self, index: tf.Tensor) -> None:
-        """Say which step of the call is traced, of 62 at most."""
+        """Say which of the steps since the last look is traced, of 62 at most."""
         self._index = index
 
     def update(self, own: Sequence[Any], averaged: Sequence[Any], apply: Callable[[], None]) -> None:
@@ -120,12 +120,12 @@ class FiniteGuard:
         return self._ended
 
     def look(self, epoch: int, step: int, steps: int) -> None:
-        """Act on what the last call of the compiled function met.
+        """Act on what the steps since the last look met; all ranks look after the same step, as they may act together.
 
         Parameters
         ----------
         epoch, step
-            Where the call began, counted from zero.
+            Where these steps began, counted from zero.
         steps
             Steps of an epoch.
 
@@ -323,7 +323,7 @@ class Undo:
         self._keep()
 
     def begin(self, index: tf.Tensor) -> None:
-        """Begin to trace a step, of which this is the place in its call."""
+        """Begin to trace a step, of which this is the number since the guard's last look."""
         self._guard.begin(index)
         self._before = [tf.identity(variable.value) for variable in self._state]
         if self._kept:

@@ -64,13 +64,15 @@ class TrainSteps:
             model.train_step(pack(*batches.batch(chunk, place)))
             undo.end(facts.rows)
 
-        def steps(chunk: Any, start: tf.Tensor, rows: tf.Tensor, total: tf.Tensor, apply: tf.Tensor) -> None:
+        def steps(
+            chunk: Any, start: tf.Tensor, number: tf.Tensor, rows: tf.Tensor, total: tf.Tensor, apply: tf.Tensor
+        ) -> None:
             for index in tf.range(tf.size(rows)):
-                step(chunk, start + index, index, StepRows(rows[index], total[index], apply[index]))
+                step(chunk, start + index, number + index, StepRows(rows[index], total[index], apply[index]))
 
         signature = (
             batches.signature,
-            tf.TensorSpec((), tf.int32),
+            *(tf.TensorSpec((), tf.int32),) * 2,
             *(tf.TensorSpec((None,), dtype) for dtype in (tf.float32, tf.float32, tf.bool)),
         )
         self._steps = _compiled(model, steps, signature)
@@ -79,13 +81,15 @@ class TrainSteps:
         """Take the model's state as it is for good: it was changed from outside of a step."""
         self._undo.refresh()
 
-    def take(self, portion: Portion, rows: Any, total: Any, apply: Any) -> None:
+    def take(self, portion: Portion, number: int, rows: Any, total: Any, apply: Any) -> None:
         """Take the steps of a portion.
 
         Parameters
         ----------
         portion
             Where they lie.
+        number
+            How many were taken since the guard has looked.
         rows, total, apply
             By step: the rows of this rank, those of all ranks, and whether the weights change.
         """
@@ -94,7 +98,7 @@ class TrainSteps:
             self._steps.get_concrete_function()
             self._agreement.check_noted()
             self._is_traced = True
-        self._steps(portion.chunk, portion.start, rows, total, apply)
+        self._steps(portion.chunk, portion.start, number, rows, total, apply)
 
 
 class ValidationSteps:
@@ -105,15 +109,15 @@ class ValidationSteps:
         def step(chunk: Any, place: tf.Tensor) -> None:
             model.test_step(pack(*batches.batch(chunk, place)))
 
-        def steps(chunk: Any, count: tf.Tensor) -> None:
+        def steps(chunk: Any, start: tf.Tensor, count: tf.Tensor) -> None:
             for index in tf.range(count):
-                step(chunk, index)
+                step(chunk, start + index)
 
-        self._steps = _compiled(model, steps, (batches.signature, tf.TensorSpec((), tf.int32)))
+        self._steps = _compiled(model, steps, (batches.signature, *(tf.TensorSpec((), tf.int32),) * 2))
 
     def take(self, portion: Portion) -> None:
-        """Take the steps of a portion, which begins its chunk."""
-        self._steps(portion.chunk, portion.count)
+        """Take the steps of a portion."""
+        self._steps(portion.chunk, portion.start, portion.count)
 
 
 def build_metrics(model: Any, batches: Batches, pack: Pack) -> None:

@@ -20,7 +20,7 @@ from hvdspark.estimators.keras.agreement import Agreement, describe
 from hvdspark.estimators.keras.allreduce import choose_allreduce
 from hvdspark.estimators.keras.batches import ENDLESS, Batches, packer
 from hvdspark.estimators.keras.callbacks import callback_list, chosen, watch_steps, watch_validation_steps
-from hvdspark.estimators.keras.clock import StepClock
+from hvdspark.estimators.keras.clock import Pace, StepClock
 from hvdspark.estimators.keras.feeding import StepFeed
 from hvdspark.estimators.keras.finite import FiniteGuard
 from hvdspark.estimators.keras.journal import EpochHistory, Journal
@@ -46,8 +46,12 @@ from hvdspark.worker.timeline import timeline_in
 
 logger = logging.getLogger(__name__)
 
-# Steps that one call of the compiled function takes, where no callback wants to see each of them.
-STEPS_PER_CALL = 32
+# Steps after which all ranks look together at what they met, where no callback wants to see each of them. As many are
+# taken in one call of the compiled function, at most.
+STEPS_TOGETHER = 32
+
+# Validation has no such steps: a call may take all that a chunk holds.
+_ANY_STEPS = 1 << 30
 
 
 def train(plan: FitPlan, spec: KerasSpec) -> TrainResult | None:
@@ -91,6 +95,7 @@ class _Training:
         self._store = store
         self._checkpoints = Checkpoints(store, plan.run_id, codec.SUFFIX, spec.best_of)
         self._clock = StepClock()
+        self._pace, self._val_pace = Pace(STEPS_TOGETHER), Pace(_ANY_STEPS)
         self._reporter: Reporter | None = None
         room = CacheRoom(session.context.local_size)
         passes = -(-plan.epochs * plan.steps_per_epoch // plan.train.steps)
@@ -312,28 +317,19 @@ class _Training:
 
     def _run_steps(self, feed: StepFeed, callbacks: Any, epoch: int, step: int) -> np.ndarray:
         """Take the steps of one epoch from some step on; returns the rows of this rank by step, as far as it came."""
-        per_call = 1 if self._watches_steps else STEPS_PER_CALL
         interval, steps = self._spec.checkpoint_steps, self._plan.steps_per_epoch
         first = epoch * steps
         while step < steps:
-            most = min(per_call, steps - step)
+            stop = min(step + (1 if self._watches_steps else STEPS_TOGETHER), steps)
             if interval:
-                most = min(most, interval - (first + step) % interval)
-            here = f"{self._epoch}, step {step + 1}"
-            pulse.moved_on(f"{here}, waiting for rows")
-            portion = feed.take(most, self._clock.waiting())
+                stop = min(stop, step + interval - (first + step) % interval)
             if self._watches_steps:
                 callbacks.on_train_batch_begin(step)
-            pulse.moved_on(f"{here}, computing")
-            self._journal.call(step, portion.count)
-            facts = self._facts.of(first + step, first + step + portion.count)
-            self._train_steps.take(portion, *facts)
+            self._take_steps(feed, first, step, stop)
             self._guard.look(epoch, step, steps)
             if self._guard.ended:
                 break
-            step += portion.count
-            self._journal.called(step)
-            pulse.moved_on(f"{here}, after it")
+            step = stop
             if self._watches_steps:
                 callbacks.on_train_batch_end(step - 1, current_metrics(self._model))
             if interval and (first + step) % interval == 0 and step < steps:
@@ -342,6 +338,25 @@ class _Training:
         self._guard.check_weights(self._model.trainable_variables, epoch, step)
         rows, _, apply = self._facts.of(first, first + steps)
         return self._guard.counted(rows, apply, epoch)
+
+    def _take_steps(self, feed: StepFeed, first: int, start: int, stop: int) -> None:
+        """Take some steps of the epoch that has this first step.
+
+        Ranks may take them in different calls: in what is their own pace, and as their chunks end.
+        """
+        step = start
+        while step < stop:
+            here = f"{self._epoch}, step {step + 1}"
+            pulse.moved_on(f"{here}, waiting for rows")
+            portion = feed.take(min(self._pace.steps, stop - step), self._clock.waiting())
+            pulse.moved_on(f"{here}, computing")
+            self._journal.call(step, portion.count)
+            facts = self._facts.of(first + step, first + step + portion.count)
+            with self._pace.call(portion.count):
+                self._train_steps.take(portion, step - start, *facts)
+            step += portion.count
+            self._journal.called(step)
+            pulse.moved_on(f"{here}, after it")
 
     def _validate(self, callbacks: Any) -> dict[str, float]:
         """Evaluate on the validation rows of all ranks."""
@@ -356,10 +371,11 @@ class _Training:
         done = 0
         while done < steps:
             pulse.moved_on(f"{self._epoch}, validating, {steps - done} steps left")
-            portion = feed.take(1 if self._watches_validation else steps - done)
+            portion = feed.take(1 if self._watches_validation else min(self._val_pace.steps, steps - done))
             if self._watches_validation:
                 callbacks.on_test_batch_begin(done)
-            self._val_steps.take(portion)
+            with self._val_pace.call(portion.count):
+                self._val_steps.take(portion)
             done += portion.count
             if self._watches_validation:
                 callbacks.on_test_batch_end(done - 1, current_metrics(self._model))

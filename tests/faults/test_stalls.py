@@ -8,7 +8,9 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
+import keras
 import psutil
 import pytest
 from faulty_fits import Fault, Trained, assert_same, estimator, outcome
@@ -99,6 +101,32 @@ def read_when_there(path: Path) -> str:
         assert time.monotonic() < deadline, "the fit did not come so far"
         time.sleep(0.05)
     return path.read_text()
+
+
+class Slow(keras.layers.Layer):  # type: ignore[misc]
+    """Lets every step take a second, so that an epoch takes longer than a rank may stand still."""
+
+    def call(self, x: Any) -> Any:
+        import tensorflow as tf
+
+        def wait(value: Any) -> Any:
+            time.sleep(1)
+            return value
+
+        return tf.ensure_shape(tf.numpy_function(wait, [x], tf.float32), x.shape)
+
+    def compute_output_shape(self, shape: Any) -> Any:
+        return shape
+
+
+def test_a_model_whose_steps_are_slow_is_not_taken_to_hang(
+    df: DataFrame, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = keras.Sequential([keras.Input((3,)), Slow(), keras.layers.Dense(1)])
+    settings = {"custom_objects": {"Slow": Slow}, "epochs": 1, "stall_timeout_s": STALL_S}
+    fitted = estimator(store, run_id="slow", **settings).setModel(model).fit(df)
+    assert len(fitted.getHistory()["loss"]) == 1
+    assert "restart" not in caplog.text
 
 
 def test_the_error_of_a_rank_that_hangs_shows_where(spark: SparkSession) -> None:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from hvdspark.estimators.keras import clock as module
-from hvdspark.estimators.keras.clock import StepClock
+from hvdspark.estimators.keras.clock import CALL_S, Pace, StepClock
 
 
 class Time:
@@ -51,3 +51,32 @@ def test_each_epoch_is_counted_by_itself_and_the_first_one_only_where_it_is_alon
     for _ in range(3):
         run_epoch(clock, time, 10, [0.0], works_s=1.0)
     assert (clock.rows_per_s, clock.wait_share) == pytest.approx((10, 0.0))
+
+
+@pytest.mark.parametrize(("step_s", "expected"), [(0.0001, 32), (0.02, 32), (0.04, 16), (0.3, 2), (0.6, 1), (30.0, 1)])
+def test_a_call_takes_as_many_steps_as_go_into_a_second(time: Time, step_s: float, expected: int) -> None:
+    pace = Pace(32)
+    assert pace.steps == 1
+    for _ in range(8):
+        with pace.call(pace.steps):
+            time.now += pace.steps * step_s
+    assert pace.steps == expected
+    assert pace.steps * step_s <= max(CALL_S, step_s)
+
+
+def test_one_slow_call_is_made_up_for(time: Time) -> None:
+    pace = Pace(32)
+    sizes = []
+    for seconds in [0.01] * 6 + [2.0] + [0.01] * 2:
+        sizes.append(pace.steps)
+        with pace.call(pace.steps):
+            time.now += seconds
+    assert sizes == [1, 2, 4, 8, 16, 32, 32, 16, 32]
+
+
+def test_calls_that_end_early_do_not_make_the_next_ones_longer(time: Time) -> None:
+    pace = Pace(32)
+    for _ in range(5):
+        with pace.call(1):
+            time.now += 0.01
+    assert pace.steps == 2

@@ -1,0 +1,95 @@
+"""A rank's training as a whole, without Spark: what it does between steps, and what it leaves in the Store."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import keras
+import pytest
+import tensorflow as tf
+from rank_fits import fit_plan, keras_spec, rows, run_ranks
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _travels_by_value() -> Iterator[None]:
+    """The ranks cannot import this module."""
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    yield
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+class Slow(keras.layers.Layer):  # type: ignore[misc]
+    """Lets every step take some time."""
+
+    def call(self, x: Any) -> Any:
+        def wait(value: Any) -> Any:
+            time.sleep(0.3)
+            return value
+
+        return tf.ensure_shape(tf.numpy_function(wait, [x], tf.float32), x.shape)
+
+    def compute_output_shape(self, shape: Any) -> Any:
+        return shape
+
+
+def network(*layers: Any, loss: Any = "mse", width: int = 3) -> keras.Model:
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((width,)), *layers, keras.layers.Dense(1)])
+    model.compile(keras.optimizers.Adam(0.01), loss, jit_compile=False)
+    return model
+
+
+def note_moves(path: Path) -> None:
+    """Have this rank write down what it does, as its task would learn it."""
+    from hvdspark.worker import pulse
+
+    def moved_on(doing: str) -> None:
+        with path.open("a") as file:
+            file.write(f"{os.environ['HOROVOD_RANK']} {doing}\n")
+
+    pulse.moved_on = moved_on  # type: ignore[assignment]
+
+
+def count(path: Path, *words: str) -> int:
+    return sum(all(word in line for word in words) for line in path.read_text().splitlines())
+
+
+def test_a_rank_whose_steps_are_slow_moves_on_all_the_same(write_dataset: Callable[..., Any], tmp_path: Path) -> None:
+    # Twelve steps of 0.3 s each, and half as many of validation.
+    plan = fit_plan(write_dataset, rows(36 * 16), batch_rows=32, val_batch_rows=32, epochs=1, validation=1 / 3)
+    spec = keras_spec(network(Slow()), custom_objects={"Slow": Slow})
+    _, codes, errors = run_ranks(tmp_path, plan, spec, partial(note_moves, tmp_path / "moves"))
+    assert codes == [0], errors
+    assert count(tmp_path / "moves", "computing") >= plan.train.steps / 2
+    assert plan.val is not None
+    assert count(tmp_path / "moves", "validating") >= plan.val.steps / 2
+
+
+def test_a_rank_whose_steps_are_fast_takes_many_at_a_time(write_dataset: Callable[..., Any], tmp_path: Path) -> None:
+    plan = fit_plan(write_dataset, rows(4000), batch_rows=8, epochs=2)
+    _, codes, errors = run_ranks(tmp_path, plan, keras_spec(network()), partial(note_moves, tmp_path / "moves"))
+    assert codes == [0], errors
+    assert count(tmp_path / "moves", "epoch 2", "computing") < plan.train.steps / 8
+
+
+@pytest.mark.parametrize("allreduce", ["shared_memory", "horovod"])
+def test_a_bad_step_is_found_where_a_rank_has_fewer_rows_than_another(
+    write_dataset: Callable[..., Any], tmp_path: Path, allreduce: str
+) -> None:
+    # Rank 0 has 21 steps with rows, rank 1 has 20 and a filler, which is a call of its own.
+    x, y = rows(20 * 64 + 1)
+    x[5 * 64 + 40] = math.nan
+    plan = fit_plan(write_dataset, (x, y), size=2, shuffle=False)
+    assert [plan.train.own_steps(rank) for rank in range(2)] == [21, 20]
+    result, codes, errors = run_ranks(tmp_path, plan, keras_spec(network(), allreduce=allreduce))
+    assert result is None
+    assert codes != [0, 0]
+    assert "NonFiniteLossError: epoch 1, step 6 of 21: the gradient of rank 1 is not finite" in errors
