@@ -39,6 +39,7 @@ from hvdspark.errors import (
     ModelFormatError,
     ParamError,
     RunInProgressError,
+    StoreError,
 )
 from hvdspark.lease import held, is_held
 from hvdspark.plan import ModelTensor
@@ -92,11 +93,6 @@ class TrainJob:
         self._folder = run_folder(self.run_id)
         self._gate = None if config.promote_if is None else Gate.parse(config.promote_if)
 
-    @property
-    def store(self) -> Store:
-        """The Store of the run."""
-        return self._store
-
     def finished(self) -> JobResult | None:
         """Return the result of the run where it is finished already; nothing is trained then."""
         found = read_result(self._store, self.run_id)
@@ -117,7 +113,22 @@ class TrainJob:
         """
         with self._alone():
             # Another driver may have come to its end since one last looked.
-            return self.finished() or self._run(session, building)
+            found = self.finished()
+            if found is None:
+                found = self._run(session, building)
+                found.publish(self._store)
+            return found
+
+    def leave(self, failure: JobResult) -> None:
+        """Leave in the run what ended this driver, unless another one is at the run, or it is finished."""
+        try:
+            with self._alone():
+                if self.finished() is None:
+                    failure.publish(self._store)
+        except RunInProgressError:
+            logger.warning("another driver is at %s, whose result it will leave", self.run_id)
+        except (StoreError, OSError) as exc:
+            logger.warning("cannot leave the result of %s in the Store: %s", self.run_id, exc)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

@@ -59,7 +59,7 @@ class _Command:
                 return self._run(check_only=check_only)
         except (Exception, KeyboardInterrupt) as exc:  # noqa: BLE001 - whatever it is, it has an exit code
             report(exc)
-            return self._failed(exc)
+            return self._failed(exc, check_only=check_only)
 
     def _run(self, *, check_only: bool) -> JobResult:
         from hvdspark.estimators.job.building import Building
@@ -89,11 +89,9 @@ class _Command:
             return JobResult(config.run_id, "checked", 0)
         py_files = files_in(folder, *config.addresses)
         with spark_session(f"hvdspark {self._job.run_id}", config.spark, py_files) as session:
-            result = self._job.run(session, building)
-        result.publish(self._job.store)
-        return result
+            return self._job.run(session, building)
 
-    def _failed(self, exc: BaseException) -> JobResult:
+    def _failed(self, exc: BaseException, *, check_only: bool) -> JobResult:
         from hvdspark.errors import RunInProgressError
         from hvdspark.estimators.job.result import JobResult
 
@@ -103,6 +101,7 @@ class _Command:
             failure["state"] = "running"
         result = JobResult(self._options["run_id"] if self._job is None else self._job.run_id, **failure)
         # The run of another driver is its own to describe; one that never began leaves nothing, unless it was named.
-        if self._job is not None and not is_other and (self._options["run_id"] or self._job.has_begun):
-            result.publish(self._job.store)
+        is_own = not is_other and not check_only
+        if self._job is not None and is_own and (self._options["run_id"] or self._job.has_begun):
+            self._job.leave(result)
         return result

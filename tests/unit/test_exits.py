@@ -15,6 +15,7 @@ from pyspark.errors import PythonException
 from hvdspark import Store, cli, errors
 from hvdspark.cli.exits import Exit, exit_code
 from hvdspark.cli.jobs import cause_of, terminable
+from hvdspark.lease import held
 
 TASK = """
   An exception was thrown from the Python worker. Please see the stack trace below.
@@ -102,6 +103,25 @@ def test_a_wrong_configuration_is_told_and_left_where_the_run_is_looked_for(tmp_
     unnamed = CliRunner().invoke(cli.main, ["train", "--config", str(path)])
     assert unnamed.exit_code == Exit.CONFIG
     assert store.list("runs") == ["nightly"]
+
+
+def test_a_wrong_configuration_leaves_the_run_of_another_driver_and_a_finished_one_as_they_are(tmp_path: Path) -> None:
+    path, store = tmp_path / "job.yaml", Store.create(tmp_path / "store")
+    path.write_text(f"store: {store.url}\ninput: {{path: /x}}\nestimator: {{model: nowhere:network}}\n")
+    command = ["train", "--config", str(path), "--run-id", "nightly"]
+    with held(store, "runs/nightly", "job"):
+        done = CliRunner().invoke(cli.main, command)
+    assert (done.exit_code, store.list("runs", "nightly")) == (Exit.CONFIG, [])
+
+    JobResult("nightly", "finished", 0, model="/m").publish(store)
+    before = store.read_bytes("runs", "nightly", "result.json")
+    for arguments in (["--check"], ["--check", "--set", "loss=msee"]):
+        done = CliRunner().invoke(cli.main, [*command, *arguments])
+        assert (done.exit_code, json.loads(done.stdout)["state"]) == (Exit.CONFIG, "failed")
+        assert store.read_bytes("runs", "nightly", "result.json") == before
+    store.delete("runs", "nightly")
+    assert CliRunner().invoke(cli.main, [*command, "--check"]).exit_code == Exit.CONFIG
+    assert not store.exists("runs", "nightly")
 
 
 def test_checking_a_configuration_starts_no_spark(tmp_path: Path) -> None:
