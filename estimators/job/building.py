@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +90,37 @@ class Building:
                     param="pipeline",
                 )
         return stages
+
+    def check(self, store: Store) -> list[str]:
+        """Make all that can be made without Spark.
+
+        Parameters
+        ----------
+        store
+            The job's; nothing is written.
+
+        Returns
+        -------
+        list of str
+            What was not made, and why.
+
+        Raises
+        ------
+        ConfigError
+            When a value cannot be used; what the user's functions raise goes through.
+        """
+        skipped = []
+        try:
+            self.stages()
+        except Exception as exc:
+            if not _is_for_want_of_spark(exc):
+                raise
+            skipped.append(f"the stages of {self._config.pipeline}, which are Spark's own")
+        if self.needs_preparation:
+            skipped.append(f"the network of {self._config.estimator.model}, which is built for the fitted stages")
+        else:
+            self.estimator(store, self._config.run_id or "check")
+        return skipped
 
     @property
     def needs_preparation(self) -> bool:
@@ -218,6 +250,13 @@ class Building:
                 f"{self._document.where(('estimator', 'checkpoint_callback'))}: estimator.checkpoint_callback={found}:"
                 " give the name of a metric, such as val_loss, or {monitor: val_loss, mode: min}"
             ) from exc
+
+
+def _is_for_want_of_spark(exc: BaseException) -> bool:
+    """Whether PySpark itself raised an error that says no more than that there is no session: often an empty one."""
+    *_, (frame, _) = traceback.walk_tb(exc.__traceback__)
+    is_from_pyspark = str(frame.f_globals.get("__name__")).startswith("pyspark.")
+    return is_from_pyspark and not isinstance(exc, TypeError | ValueError)
 
 
 def _named(metric: keras.metrics.Metric, value: Mapping[str, Any]) -> keras.metrics.Metric:

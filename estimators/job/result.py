@@ -42,7 +42,8 @@ class JobResult:
     promoted
         Whether the alias refers to the model now; ``None`` where nothing was to be promoted.
     cause
-        The first line of the error; for a model that was not promoted, the numbers that kept it.
+        The first line of the error; for a model that was not promoted, the numbers that kept it; for a configuration
+        that was checked, what could not be.
     error
         Class of the error.
     seconds

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 @click.option("--since", metavar="BOUND", help="Take rows from here on, by the column of input.window.")
 @click.option("--until", metavar="BOUND", help="Take rows before this.")
 @click.option("--warm-start", metavar="ALIAS|PATH", help="Begin with the weights of a model, such as champion.")
-@click.option("--check", is_flag=True, help="Check the configuration and end.")
+@click.option("--check", is_flag=True, help="Check what can be checked without Spark, and end.")
 @click.pass_context
 def train(context: click.Context, /, check: bool, **options: Any) -> None:
     """Train, evaluate and promote a model as a configuration file describes.
@@ -79,14 +79,17 @@ class _Command:
         config, document = load_config(self._path, self._assignments, replaced)
         folder = Path(self._path).resolve().parent
         look_in(folder)
-        self._job = TrainJob(config, document, open_store(config.store))
+        store = open_store(config.store)
+        self._job = TrainJob(config, document, store)
         found = None if check_only else self._job.finished()
         if found is not None:
             return found
         building = Building(config, document)
         if check_only:
-            building.stages()
-            return JobResult(config.run_id, "checked", 0)
+            skipped = building.check(store)
+            cause = f"not checked, for want of Spark: {'; '.join(skipped)}" if skipped else None
+            logger.info("the configuration is right as far as it was checked%s", f"; {cause}" if cause else "")
+            return JobResult(config.run_id, "checked", 0, cause=cause)
         py_files = files_in(folder, *config.addresses)
         with spark_session(f"hvdspark {self._job.run_id}", config.spark, py_files) as session:
             return self._job.run(session, building)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ from hvdspark import Store, cli, errors
 from hvdspark.cli.exits import Exit, exit_code
 from hvdspark.cli.jobs import cause_of, terminable
 from hvdspark.lease import held
+
+ROOT = Path(__file__).parents[2]
 
 TASK = """
   An exception was thrown from the Python worker. Please see the stack trace below.
@@ -124,11 +128,60 @@ def test_a_wrong_configuration_leaves_the_run_of_another_driver_and_a_finished_o
     assert not store.exists("runs", "nightly")
 
 
-def test_checking_a_configuration_starts_no_spark(tmp_path: Path) -> None:
+PARTS = """
+import keras
+from pyspark.ml.feature import StringIndexer
+
+def network(units=1):
+    return keras.Sequential([keras.Input((2,)), keras.layers.Dense(units)])
+
+def stages():
+    return [StringIndexer(inputCol="a", outputCol="b")]
+
+def misspelt():
+    return [StringIndexer(inputCl="a", outputCol="b")]
+
+def broken():
+    return [undefined]
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "cause"),
+    [
+        ([], 0, None),
+        (
+            ["--set", "pipeline=check_parts:stages"],
+            0,
+            "not checked, for want of Spark: the stages of check_parts:stages",
+        ),
+        (["--set", "pipeline=check_parts:misspelt"], 70, "unexpected keyword argument 'inputCl'"),
+        (["--set", "pipeline=check_parts:broken"], 70, "NameError: name 'undefined' is not defined"),
+        (["--set", "pipeline=check_parts:stages", "--set", "estimator.model_args={unit: 2}"], 78, "cannot be called"),
+        (["--set", "estimator.model_args={units: 0}"], 70, "units"),
+        (["--set", "estimator.model=/nowhere.keras"], 78, "cannot read /nowhere.keras"),
+    ],
+)
+def test_checking_a_configuration_makes_what_takes_no_spark(
+    tmp_path: Path, arguments: list[str], code: int, cause: str | None
+) -> None:
     path = tmp_path / "job.yaml"
-    path.write_text(f"store: {tmp_path}/store\ninput: {{path: /x}}\nestimator: {{model: /m.keras, loss: mse}}\n")
-    done = CliRunner().invoke(cli.main, ["train", "--config", str(path), "--check"])
-    assert (done.exit_code, json.loads(done.stdout)["state"]) == (0, "checked")
+    (tmp_path / "check_parts.py").write_text(PARTS)
+    network = "{model: check_parts:network, loss: mse}"
+    path.write_text(f"store: {tmp_path}/store\ninput: {{path: /x}}\nestimator: {network}\n")
+    done = CliRunner().invoke(cli.main, ["train", "--config", str(path), "--check", *arguments])
+    result = json.loads(done.stdout)
+    assert (done.exit_code, result["state"]) == (code, "failed" if code else "checked")
+    assert cause is None or cause in result["cause"]
+    assert not (tmp_path / "store").exists()
+
+
+def test_the_command_that_the_readme_shows_checks_the_example() -> None:
+    line = "hvdspark train --config examples/submit/job.yaml --check"
+    assert line in (ROOT / "README.md").read_text()
+    done = subprocess.run([sys.executable, "-m", *line.split()], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "features:stages, which are Spark's own; the network of features:network" in json.loads(done.stdout)["cause"]
 
 
 def test_a_finished_run_gives_its_result_again(tmp_path: Path) -> None:
