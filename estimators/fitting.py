@@ -31,10 +31,10 @@ from hvdspark.data.feed import FedStage
 from hvdspark.data.partitions import Split
 from hvdspark.data.planning import FitDraft
 from hvdspark.errors import (
+    LaunchError,
     NotEnoughSlotsError,
     ParamError,
     RunInProgressError,
-    StageLostError,
     StoreError,
     WorkerFailedError,
 )
@@ -242,17 +242,17 @@ class Fit:
             logs = log_folder(self._run_id, first + restart)
             try:
                 return self._attempt(size, work, replace(options, logs=logs))
-            except (WorkerFailedError, StageLostError) as exc:
-                if not exc.is_passing or restart == restarts:
-                    raise
-                cause = str(exc).partition("\n")[0]
-                logger.warning("%s: %s; restart %d of %d", self._run_id, cause, restart + 1, restarts)
-                lost = exc
             except NotEnoughSlotsError as exc:
                 if lost is None:
                     raise
                 # What was lost tells more than that it is missing now.
                 raise lost from exc
+            except (WorkerFailedError, LaunchError) as exc:
+                if not exc.is_passing or restart == restarts:
+                    raise
+                cause = str(exc).partition("\n")[0]
+                logger.warning("%s: %s; restart %d of %d", self._run_id, cause, restart + 1, restarts)
+                lost = exc
             now = self._size_now(wanted, options)
             if now != size:
                 logger.warning("%s: goes on with %d ranks in place of %d", self._run_id, now, size)

@@ -239,7 +239,15 @@ class AliasConflictError(AliasError):
 
 
 class LaunchError(HvdSparkError):
-    """The ranks could not be started."""
+    """The ranks could not be started.
+
+    Attributes
+    ----------
+    is_passing : bool
+        Whether another attempt may succeed: a rank was killed before it began, or a network or disk failed.
+    """
+
+    is_passing: bool = False
 
 
 class NotEnoughSlotsError(LaunchError):

@@ -177,18 +177,21 @@ def _describe_end(
     if answers.timed_out:
         late = f"the training process did not begin within {patience.start_s:g} s"
         return "late", f"{late}; a slow disk or a busy host can be the cause: raise start_timeout"
-    kind: FailureKind = "died" if answers.ready else "start"
+    kind: FailureKind = "died" if answers.ready else "killed"
+    early = "" if answers.ready else " before it began with its work"
     if process.left:
-        return "died", "the training process gave no result and did not end"
+        return kind, f"the training process gave no result{early} and did not end"
     code, peak_bytes = process.wait(), process.peak_bytes
     held = f"; it held {show_bytes(peak_bytes)} of memory at most" if peak_bytes else ""
     if code is None or code >= 0:
+        # What ends by itself before its work would do so again.
+        kind = "died" if answers.ready else "start"
         return kind, f"the training process ended with exit code {code} before it gave a result{held}"
     name = signal.Signals(-code).name
     if -code == signal.SIGKILL and kills > 0:
         remedy = "give executors more (spark.executor.memoryOverhead), or ranks less (batch_size, cache='disk')"
-        return kind, f"the training process was killed by {name}, because memory ran out{held}. {remedy}"
-    return kind, f"the training process was killed by {name}{held}"
+        return kind, f"the training process was killed by {name}{early}, because memory ran out{held}. {remedy}"
+    return kind, f"the training process was killed by {name}{early}{held}"
 
 
 def _stacks(process: TrainingProcess, place: str | None) -> str:

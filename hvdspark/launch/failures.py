@@ -21,7 +21,7 @@ from hvdspark.errors import (
 from hvdspark.launch.answers import SILENCE_S, LifeSign
 from hvdspark.plan import RankContext
 
-FailureKind = Literal["user", "peer", "cut", "died", "stalled", "meet", "start", "late", "data"]
+FailureKind = Literal["user", "peer", "cut", "died", "stalled", "meet", "system", "start", "killed", "late", "data"]
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,9 @@ class Failure:
         ``"user"``: an exception in what the rank ran; ``"peer"``: it noticed that another rank was gone; ``"cut"``: the
         same, where all that is known is that a connection ended; ``"died"``:
         the process ended by a signal or exit; ``"stalled"``: it was stopped, or did not move on; ``"meet"``: the tasks
-        did not find each other; ``"start"``: the process ended before it began its work; ``"late"``: it did not begin
-        in time; ``"data"``: the rows that came with the tasks cannot be trained on.
+        did not find each other; ``"system"``: a network or a disk failed before that; ``"start"``: the process ended by
+        itself before it began its work; ``"killed"``: it was killed before that; ``"late"``: it did not begin in time;
+        ``"data"``: the rows that came with the tasks cannot be trained on.
     error
         Type and message of the exception, or what happened to the process; for ``"data"`` the exception as JSON.
     details
@@ -76,7 +77,9 @@ class Failure:
     @classmethod
     def before(cls, exc: HvdSparkError | OSError, context: RankContext) -> Failure:
         """Describe what was wrong before the rank had its work."""
-        if isinstance(exc, RendezvousError | OSError):
+        if isinstance(exc, OSError):
+            return cls(context.rank, context.host, "system", f"{type(exc).__name__}: {exc}", time=time.time())
+        if isinstance(exc, RendezvousError):
             return cls(context.rank, context.host, "meet", str(exc), time=time.time())
         return cls(context.rank, context.host, "data", json.dumps(exc.to_plain()), time=time.time())
 
@@ -90,10 +93,24 @@ class Outcome:
 
 
 # A rank that died is the cause rather than those that raised because it was gone; of several causes the first in time.
-_SEVERITY = {"user": 0, "meet": 0, "data": 0, "start": 0, "late": 1, "died": 1, "cut": 2, "stalled": 3, "peer": 3}
+_SEVERITY = {
+    **dict.fromkeys(("user", "meet", "system", "data", "killed"), 0),
+    **dict.fromkeys(("late", "died", "start"), 1),
+    "cut": 2,
+    **dict.fromkeys(("stalled", "peer"), 3),
+}
 
 # Another attempt may go well.
-_PASSING = ("died", "cut", "stalled", "peer")
+_PASSING = ("system", "killed", "died", "cut", "stalled", "peer")
+
+# Those of ranks that did not come to their work.
+_NEVER_RAN = {
+    "meet": RendezvousError,
+    "system": RendezvousError,
+    "start": LaunchError,
+    "killed": LaunchError,
+    "late": LaunchTimeoutError,
+}
 
 
 def first_cause(failures: Sequence[Failure]) -> Failure:
@@ -134,15 +151,15 @@ def error_of(failures: Sequence[Failure], logs: str | None = None) -> HvdSparkEr
     if logs is not None:
         parts.append(f"Logs of all ranks: {logs}")
     text = "\n\n".join(parts)
-    never_ran = {"meet": RendezvousError, "start": LaunchError, "late": LaunchTimeoutError}
-    if first.kind in never_ran:
-        return never_ran[first.kind](text)
+    is_passing = first.kind in _PASSING
+    if first.kind in _NEVER_RAN:
+        return _NEVER_RAN[first.kind](text, is_passing=is_passing)
     return WorkerFailedError(
         text,
         failures={failure.rank: failure.error for failure in failures},
         root_cause=first.rank,
         log_tail=first.log_tail,
-        is_passing=first.kind in _PASSING,
+        is_passing=is_passing,
     )
 
 

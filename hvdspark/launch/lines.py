@@ -107,7 +107,11 @@ def connect(address: tuple[str, int], token: str, number: int, timeout_s: float)
     OSError
         When nobody answers there.
     """
-    connection = socket.create_connection(address, timeout=timeout_s)
+    try:
+        connection = socket.create_connection(address, timeout=timeout_s)
+    except OSError as exc:
+        host, port = address
+        raise ConnectionError(f"the first rank's task does not answer at {host}:{port}: {exc}") from exc
     connection.settimeout(None)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     keep_alive(connection)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,39 @@ def test_a_lost_python_worker_or_executor_is_replaced_and_the_fit_goes_on(
     # A rank that is no fork of the warm pool has its executor among its parents.
     assert_same(outcome(estimator(store, fault, warm_pool=False).fit(df)), undisturbed)
     assert (tmp_path / "mark").exists()
+
+
+class EndOfTheReader(keras.callbacks.Callback):
+    """Ends the first process that reads it as this rank, before that begins with its work."""
+
+    def __init__(self, mark: Path, rank: int) -> None:
+        super().__init__()
+        self._place = str(mark), rank
+
+    def __reduce__(self) -> Any:
+        return end_once, self._place
+
+
+def end_once(mark: str, rank: int) -> keras.callbacks.Callback:
+    if os.environ.get("HOROVOD_RANK") == str(rank) and not Path(mark).exists():
+        Path(mark).touch()
+        die()
+    return keras.callbacks.Callback()
+
+
+@pytest.mark.parametrize("warm_pool", [True, False])
+def test_a_rank_that_is_killed_while_it_is_launched_is_started_again(
+    df: DataFrame,
+    store: Store,
+    tmp_path: Path,
+    undisturbed: Trained,
+    caplog: pytest.LogCaptureFixture,
+    warm_pool: bool,
+) -> None:
+    end = EndOfTheReader(tmp_path / "mark", 1)
+    assert_same(outcome(estimator(store, end, warm_pool=warm_pool, run_id="early").fit(df)), undisturbed)
+    (restart,) = [record.message for record in caplog.records if "restart 1 of 3" in record.message]
+    assert re.match("early: rank 1 on .*: the training process was killed by SIGKILL before it began", restart)
 
 
 def test_what_would_fail_again_is_not_tried_again(df: DataFrame, store: Store, tmp_path: Path) -> None:

@@ -157,6 +157,28 @@ def test_a_killed_process_is_named_by_its_signal(run: Callable[..., Outcome]) ->
     assert "SIGKILL" in failure.error
 
 
+@pytest.mark.parametrize(
+    ("end", "kind", "said"),
+    [
+        ((signal.raise_signal, (signal.SIGKILL,)), "killed", "was killed by SIGKILL before it began with its work"),
+        ((os._exit, (3,)), "start", "ended with exit code 3 before it gave a result"),
+    ],
+)
+def test_a_process_that_is_killed_before_its_work_is_told_from_one_that_ends_by_itself(
+    run: Callable[..., Outcome], end: Any, kind: str, said: str
+) -> None:
+    class Ending:
+        """What ends the process that reads it."""
+
+        def __reduce__(self) -> Any:
+            return end
+
+    failure = run(lambda _: None, Ending()).failure
+    assert failure is not None
+    assert failure.kind == kind
+    assert said in failure.error
+
+
 def test_the_memory_that_a_killed_process_held_is_told(run: Callable[..., Outcome]) -> None:
     def fill() -> None:
         held = bytearray(300 << 20)

@@ -23,6 +23,7 @@ FIELDS = {
     errors.WorkerFailedError: {"failures": {1: "ValueError: x"}, "root_cause": 1, "log_tail": "x", "is_passing": False},
     errors.NonFiniteLossError: {"epoch": 1, "step": 6, "ranks": (1,)},
     errors.RankMismatchError: {"ranks": (1,)},
+    errors.LaunchError: {"is_passing": True},
     errors.StageLostError: {"is_passing": True},
 }
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
-from hvdspark.errors import LaunchTimeoutError, WorkerFailedError
+from hvdspark.errors import LaunchError, LaunchTimeoutError, RendezvousError, WorkerFailedError
+from hvdspark.launch.alarm import Alarm
 from hvdspark.launch.answers import LifeSign
 from hvdspark.launch.failures import Failure, FailureKind, error_of, first_cause, lost_stage
+from hvdspark.plan import RankContext
 
 WAITING = "HorovodInternalError: Timed out waiting 30000ms for recv operation to complete"
 
@@ -97,6 +101,38 @@ def test_what_spark_says_of_a_lost_stage_is_told_by_its_telling_line(said: str, 
 
 def test_ranks_that_never_began_are_no_failure_of_their_work() -> None:
     assert isinstance(error_of([failure(0, "late", 1, LifeSign(), "did not begin within 5 s")]), LaunchTimeoutError)
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "is_passing"),
+    [
+        ("killed", LaunchError, True),
+        ("start", LaunchError, False),
+        ("system", RendezvousError, True),
+        ("meet", RendezvousError, False),
+        ("late", LaunchTimeoutError, False),
+    ],
+)
+def test_a_launch_may_be_tried_again_where_it_was_not_the_ranks_own_doing(
+    kind: FailureKind, error: type[LaunchError], is_passing: bool
+) -> None:
+    found = error_of([failure(0, "peer", 1), failure(1, kind, 2)])
+    assert type(found) is error
+    assert found.is_passing == is_passing
+    assert str(found) == f"rank 1 on host1: {kind} of rank 1"
+
+
+def test_a_network_that_fails_before_the_work_is_no_mistake_of_anybodys() -> None:
+    context = RankContext(rank=1, size=2, local_rank=0, local_size=1, cross_rank=1, cross_size=2, host="host1")
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        port = nobody.getsockname()[1]
+    with pytest.raises(OSError, match="does not answer") as caught:
+        Alarm(("127.0.0.1", port), "secret", 1)
+    found = Failure.before(caught.value, context)
+    assert found.kind == "system"
+    assert f"the first rank's task does not answer at 127.0.0.1:{port}: " in found.error
+    assert Failure.before(RendezvousError("nics=['no'] is not there"), context).kind == "meet"
 
 
 def test_a_life_sign_tells_a_stall_only_after_the_time_allowed() -> None:
