@@ -21,7 +21,9 @@ from hvdspark.errors import (
 from hvdspark.launch.answers import SILENCE_S, LifeSign
 from hvdspark.plan import RankContext
 
-FailureKind = Literal["user", "peer", "cut", "died", "stalled", "meet", "system", "start", "killed", "late", "data"]
+FailureKind = Literal[
+    "user", "peer", "cut", "died", "stalled", "meet", "unmet", "system", "start", "killed", "late", "data"
+]
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,10 @@ class Failure:
         ``"user"``: an exception in what the rank ran; ``"peer"``: it noticed that another rank was gone; ``"cut"``: the
         same, where all that is known is that a connection ended; ``"died"``:
         the process ended by a signal or exit; ``"stalled"``: it was stopped, or did not move on; ``"meet"``: the tasks
-        did not find each other; ``"system"``: a network or a disk failed before that; ``"start"``: the process ended by
-        itself before it began its work; ``"killed"``: it was killed before that; ``"late"``: it did not begin in time;
-        ``"data"``: the rows that came with the tasks cannot be trained on.
+        did not find each other, and would not another time; ``"unmet"``: one of them did not come; ``"system"``: a
+        network or a disk failed before that; ``"start"``: the process ended by itself before it began its work;
+        ``"killed"``: it was killed before that; ``"late"``: it did not begin in time; ``"data"``: the rows that
+        came with the tasks cannot be trained on.
     error
         Type and message of the exception, or what happened to the process; for ``"data"`` the exception as JSON.
     details
@@ -80,7 +83,8 @@ class Failure:
         if isinstance(exc, OSError):
             return cls(context.rank, context.host, "system", f"{type(exc).__name__}: {exc}", time=time.time())
         if isinstance(exc, RendezvousError):
-            return cls(context.rank, context.host, "meet", str(exc), time=time.time())
+            kind: FailureKind = "unmet" if exc.is_passing else "meet"
+            return cls(context.rank, context.host, kind, str(exc), time=time.time())
         return cls(context.rank, context.host, "data", json.dumps(exc.to_plain()), time=time.time())
 
 
@@ -96,16 +100,17 @@ class Outcome:
 _SEVERITY = {
     **dict.fromkeys(("user", "meet", "system", "data", "killed"), 0),
     **dict.fromkeys(("late", "died", "start"), 1),
-    "cut": 2,
+    **dict.fromkeys(("cut", "unmet"), 2),
     **dict.fromkeys(("stalled", "peer"), 3),
 }
 
 # Another attempt may go well.
-_PASSING = ("system", "killed", "died", "cut", "stalled", "peer")
+_PASSING = ("unmet", "system", "killed", "died", "cut", "stalled", "peer")
 
 # Those of ranks that did not come to their work.
 _NEVER_RAN = {
     "meet": RendezvousError,
+    "unmet": RendezvousError,
     "system": RendezvousError,
     "start": LaunchError,
     "killed": LaunchError,

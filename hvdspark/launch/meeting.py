@@ -2,7 +2,8 @@
 
 Spark's ``allGather`` does that everywhere, but a task that waits in it looks for the answer once in a second. Where
 all tasks are on one host they meet at a Unix socket instead, which takes milliseconds. Its name is a nonce of the
-driver's, and only processes of the same user are let in.
+driver's, and only processes of the same user are let in. Either way a task that does not come is waited for so long
+and no longer.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import socket
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -45,8 +47,8 @@ class Offer:
         What it found of the rows that came with it, see :class:`~hvdspark.data.feed.TakenRows`.
     gpus
         The GPUs that Spark gave it.
-    error
-        What is wrong; then there is nothing else.
+    error, is_passing
+        What is wrong, then there is nothing else; and whether another attempt may go well.
     """
 
     address: str = ""
@@ -57,6 +59,7 @@ class Offer:
     rows: str | None = None
     gpus: Sequence[str] = ()
     error: str | None = None
+    is_passing: bool = False
 
 
 def exchange(barrier: BarrierTaskContext, offer: Offer, nonce: str, timeout_s: float) -> list[Offer]:
@@ -97,9 +100,9 @@ def agree(peers: Sequence[topology.Peer], offers: Sequence[Offer], controller: s
     RendezvousError
         With the first error that any of the tasks has.
     """
-    error = next((offer.error for offer in offers if offer.error is not None), None)
-    if error is not None:
-        raise RendezvousError(error)
+    wrong = next((offer for offer in offers if offer.error is not None), None)
+    if wrong is not None:
+        raise RendezvousError(wrong.error or "", is_passing=wrong.is_passing)
     known = [
         dataclasses.replace(peer, address=offer.address, machine=offer.machine)
         for peer, offer in zip(peers, offers, strict=True)
@@ -141,7 +144,7 @@ def gather(barrier: BarrierTaskContext, text: str, nonce: str, timeout_s: float)
     nonce
         A name that no other stage uses.
     timeout_s
-        Seconds to wait for the other tasks, where they are all on one host.
+        Seconds to wait for the other tasks.
 
     Returns
     -------
@@ -151,13 +154,34 @@ def gather(barrier: BarrierTaskContext, text: str, nonce: str, timeout_s: float)
     Raises
     ------
     RendezvousError
-        When a task of the same host does not come in time.
+        When a task does not come in time.
     """
     places = barrier.getTaskInfos()
     if len({place.address.rpartition(":")[0] for place in places}) > 1:
-        return list(barrier.allGather(text))
+        return gather_apart(barrier, text, timeout_s)
     name = f"hvdspark-{nonce}-{barrier.stageId()}-{barrier.attemptNumber()}"
     return gather_here(name, barrier.partitionId(), len(places), text, timeout_s)
+
+
+def gather_apart(barrier: BarrierTaskContext, text: str, timeout_s: float) -> list[str]:
+    """Exchange texts with tasks on other hosts; parameters, result and errors as of :func:`gather`."""
+    texts, errors = list[str](), list[Exception]()
+
+    def ask() -> None:
+        try:
+            texts.extend(barrier.allGather(text))
+        except Exception as exc:  # noqa: BLE001 - for the thread that waits
+            errors.append(exc)
+
+    # Spark lets it wait for a year. The thread stays in it then; the task goes, and its failure tells the driver.
+    asking = threading.Thread(target=ask, name="hvdspark meeting", daemon=True)
+    asking.start()
+    asking.join(timeout_s)
+    if errors:
+        raise errors[0]
+    if not texts:
+        raise _not_met(timeout_s, "one of them hangs, or its executor does not reach the driver")
+    return texts
 
 
 def gather_here(name: str, own: int, count: int, text: str, timeout_s: float) -> list[str]:
@@ -187,15 +211,21 @@ def gather_here(name: str, own: int, count: int, text: str, timeout_s: float) ->
     deadline = time.monotonic() + timeout_s
     # An abstract name, as Linux has them: it needs no file and is seen where the loopback is the same.
     address = f"\0{name}"
+    found = {own: text}
     try:
-        return _receive_all(address, count, text, deadline) if own == 0 else _send(address, own, text, deadline)
+        return _receive_all(address, count, found, deadline) if own == 0 else _send(address, own, text, deadline)
     except (OSError, ValueError) as exc:
-        raise RendezvousError(f"the tasks of this host did not find each other within {timeout_s:g} s: {exc}") from exc
+        missing = [number for number in range(count) if number not in found]
+        awaited = f"; still awaited: {', '.join(map(str, missing))}" if own == 0 and missing else ""
+        raise _not_met(timeout_s, f"{exc}{awaited}") from exc
 
 
-def _receive_all(address: str, count: int, text: str, deadline: float) -> list[str]:
-    """Collect the texts of all others, then tell everybody."""
-    found = {0: text}
+def _not_met(timeout_s: float, why: str) -> RendezvousError:
+    return RendezvousError(f"the tasks did not find each other within {timeout_s:g} s: {why}", is_passing=True)
+
+
+def _receive_all(address: str, count: int, found: dict[int, str], deadline: float) -> list[str]:
+    """Collect the texts of all others in ``found``, then tell everybody."""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         listener.bind(address)

@@ -107,7 +107,7 @@ class Stage:
                     gpus=gpus.addresses_of(barrier.resources()),
                 )
             except (HvdSparkError, OSError) as exc:
-                offer = Offer(error=str(exc))
+                offer = Offer(error=str(exc), is_passing=isinstance(exc, OSError))
             try:
                 offers = exchange(barrier, offer, self.nonce, self._patience_s)
                 agreed = agree(peers, offers, options.controller)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from faulty_fits import Trained, assert_same, estimator, outcome
+from pyspark import BarrierTaskContext
 from pyspark.sql import DataFrame, SparkSession
 
 import hvdspark
 from hvdspark import Store
-from hvdspark.errors import LaunchTimeoutError
+from hvdspark.errors import LaunchTimeoutError, RendezvousError
 from hvdspark.launch import barrier
+from hvdspark.launch.meeting import gather_apart
 
 
 def spark_conf(_: Path) -> dict[str, str]:
@@ -38,6 +42,51 @@ def test_a_job_that_spark_does_not_begin_with_ends_and_says_so(
         hvdspark.run(lambda: None, num_proc=3, start_timeout=8)
     assert time.monotonic() - started < 30
     assert "waiting for Spark to begin with the ranks' tasks" in caplog.text
+
+
+def test_tasks_on_several_hosts_do_not_wait_for_one_that_does_not_come_and_their_executors_stay(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    """What they meet by there; it does not ask where it is."""
+    mark = str(tmp_path / "given up")
+
+    def task(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for _ in batches:
+            pass
+        barrier = BarrierTaskContext.get()
+        said = "hung"
+        if barrier.partitionId() == 0:
+            try:
+                gather_apart(barrier, "here", 2.0)
+            except RendezvousError as exc:
+                said = str(exc)
+            Path(mark).touch()
+        while not Path(mark).exists():
+            time.sleep(0.05)
+        yield pa.RecordBatch.from_pydict({"said": [said]})
+
+    def met(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for _ in batches:
+            pass
+        barrier = BarrierTaskContext.get()
+        yield pa.RecordBatch.from_pydict({"said": gather_apart(barrier, f"{barrier.partitionId()}", 60.0)})
+
+    def run(work: Any) -> list[str]:
+        frame = spark.range(2, numPartitions=2).mapInArrow(work, "said string", barrier=True)
+        return [row["said"] for row in frame.collect()]
+
+    assert run(met) == ["0", "1"] * 2
+    before = executors(spark)
+    found = run(task)
+    assert found[0].startswith("the tasks did not find each other within 2 s: one of them hangs")
+    assert found[1] == "hung"
+    assert run(met) == ["0", "1"] * 2
+    assert executors(spark) == before
+
+
+def executors(spark: SparkSession) -> set[str]:
+    infos = spark.sparkContext._jsc.sc().statusStore().executorList(True)
+    return {infos.apply(number).id() for number in range(infos.length())}
 
 
 def test_speculation_writes_and_trains_no_row_twice(

@@ -42,6 +42,8 @@ def test_a_failure_survives_its_way_to_the_driver() -> None:
         # Who only lost a connection noticed it before those who waited, but did not end by itself.
         ([failure(0, "peer", 1, LifeSign(8, idle_s=30)), failure(1, "cut", 2, LifeSign(9, idle_s=30))], 1),
         ([failure(0, "cut", 1, LifeSign(8)), failure(1, "died", 31)], 1),
+        # One that never answered is why the others did not meet.
+        ([failure(0, "unmet", 1), failure(1, "died", 16), failure(2, "unmet", 1)], 1),
         # A rank that died is the cause of others' waiting.
         ([failure(0, "stalled", 1, LifeSign(8, idle_s=30)), failure(1, "died", 31)], 1),
     ],
@@ -110,6 +112,7 @@ def test_ranks_that_never_began_are_no_failure_of_their_work() -> None:
         ("start", LaunchError, False),
         ("system", RendezvousError, True),
         ("meet", RendezvousError, False),
+        ("unmet", RendezvousError, True),
         ("late", LaunchTimeoutError, False),
     ],
 )
@@ -133,6 +136,7 @@ def test_a_network_that_fails_before_the_work_is_no_mistake_of_anybodys() -> Non
     assert found.kind == "system"
     assert f"the first rank's task does not answer at 127.0.0.1:{port}: " in found.error
     assert Failure.before(RendezvousError("nics=['no'] is not there"), context).kind == "meet"
+    assert Failure.before(RendezvousError("within 60 s", is_passing=True), context).kind == "unmet"
 
 
 def test_a_life_sign_tells_a_stall_only_after_the_time_allowed() -> None:

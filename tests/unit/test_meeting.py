@@ -25,8 +25,10 @@ def test_a_task_alone_meets_itself() -> None:
 
 @pytest.mark.parametrize("own", [0, 1])
 def test_a_task_that_does_not_come_is_an_error_that_says_so(own: int) -> None:
-    with pytest.raises(RendezvousError, match=r"did not find each other within 0\.05 s"):
+    with pytest.raises(RendezvousError, match=r"did not find each other within 0\.05 s") as caught:
         gather_here(secrets.token_hex(8), own, 2, "here", 0.05)
+    assert caught.value.is_passing
+    assert ("still awaited: 1" in str(caught.value)) == (own == 0)
 
 
 def test_two_meetings_at_a_time_do_not_mix() -> None:
