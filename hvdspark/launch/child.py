@@ -96,6 +96,7 @@ class Child:
         patience: Patience,
         own: bytes = b"",
         alarm: Alarm | None = None,
+        folder: str | None = None,
     ) -> Outcome:
         """Give the process its work and wait for its end.
 
@@ -115,10 +116,14 @@ class Child:
             Arguments of this rank alone, as a pickled tuple; they come before those of the work.
         alarm
             Rung when the rank fails; when it rings, the rank is ended.
+        folder
+            The rank's own, which the caller removes; the guard does where the caller is gone.
         """
         deadline = time.monotonic() + patience.start_s
         kills_before = kills_for_memory()
         process = self._confirmed(context, patience.start_s / 2)
+        if folder is not None:
+            process.own(folder)
         tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
         pump = threading.Thread(target=_pump, args=(process.output, context, log, tail), daemon=True)
         pump.start()

@@ -6,7 +6,8 @@ its own it is run as a script on a bare interpreter, so that it costs millisecon
 it could get stuck; a fork of a warm parent calls :func:`stand_guard`.
 
 Usage: ``python -I -S guard.py LIFELINE COMMAND …``, where ``LIFELINE`` is a socket whose other end the task has. By it
-the guard tells how the process ended, and is asked to have the process show what it is doing.
+the guard tells how the process ended, and is asked to have the process show what it is doing, and to remove a folder
+that a task which dies cannot remove itself.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-# What the task says through the lifeline to see the process's stacks; the signal at which the process writes them, and
-# the variable that names the file.
-SHOW_STACKS = b"S"
+# What the task says through the lifeline, each with an end: which folder is the process's, and that it wants to see the
+# stacks of its threads; the signal at which the process writes these, and the variable that names the file.
+FOLDER, SHOW_STACKS, END = b"F", b"S", b"\0"
 STACKS_SIGNAL = signal.SIGQUIT
 STACKS = "HVDSPARK_STACKS"
 
@@ -62,13 +63,15 @@ def main() -> NoReturn:
     """Run the command until it ends or the lifeline does."""
     lifeline, command = int(sys.argv[1]), sys.argv[2:]
     try:
-        os.write(lifeline, stand_guard(lambda: os.execv(command[0], command), lifeline).to_bytes())
+        stand_guard(lambda: os.execv(command[0], command), lifeline)
     finally:
         os._exit(0)
 
 
-def stand_guard(work: Callable[[], object], lifeline: int, handed_over: tuple[int, ...] = ()) -> Ending:
+def stand_guard(work: Callable[[], object], lifeline: int, handed_over: tuple[int, ...] = ()) -> None:
     """Do the work in a child until it ends or the lifeline does; nothing that it started is left then.
+
+    Then the task is told how the child ended. Where that is gone, the child's folder is removed.
 
     Parameters
     ----------
@@ -78,11 +81,6 @@ def stand_guard(work: Callable[[], object], lifeline: int, handed_over: tuple[in
         A descriptor whose other end the task holds open.
     handed_over
         Descriptors that belong to the child from now on.
-
-    Returns
-    -------
-    Ending
-        The child's.
     """
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     # A child's end writes to this pipe, so that one poll() waits for both.
@@ -99,7 +97,7 @@ def stand_guard(work: Callable[[], object], lifeline: int, handed_over: tuple[in
     poll = select.poll()
     poll.register(lifeline, select.POLLIN | select.POLLHUP)
     poll.register(woken, select.POLLIN)
-    ending = None
+    ending, folder, rest = None, b"", b""
     while ending is None:
         ready = [descriptor for descriptor, _ in poll.poll()]
         if woken in ready:
@@ -109,11 +107,24 @@ def stand_guard(work: Callable[[], object], lifeline: int, handed_over: tuple[in
             said = _heard(lifeline)
             if not said:
                 break
-            if ending is None and SHOW_STACKS in said:
+            *messages, rest = (rest + said).split(END)
+            folder = next((message[1:] for message in messages if message.startswith(FOLDER)), folder)
+            if ending is None and SHOW_STACKS in messages:
                 os.kill(child, STACKS_SIGNAL)
                 # One that was stopped heeds no signal before it goes on.
                 os.kill(child, signal.SIGCONT)
-    return _kill_all(child, ending)
+    ending = _kill_all(child, ending)
+    try:
+        os.write(lifeline, ending.to_bytes())
+    except OSError:
+        if folder:
+            _remove(os.fsdecode(folder))
+
+
+def _remove(folder: str) -> None:
+    import shutil  # not before, for it takes long to import
+
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _work(work: Callable[[], object], guard: int, not_its_own: tuple[int, ...]) -> NoReturn:

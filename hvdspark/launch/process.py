@@ -130,9 +130,16 @@ class TrainingProcess(abc.ABC):
 
     def show_stacks(self) -> None:
         """Have it write the stacks of its threads, see :func:`hvdspark.worker.rank.serve`; also one that is stopped."""
-        with contextlib.suppress(OSError):
-            self._lifeline.sendall(guard.SHOW_STACKS)
+        self._tell_guard(guard.SHOW_STACKS)
         self._wake_guard()
+
+    def own(self, folder: str) -> None:
+        """Have the guard remove a folder when all is gone, should this task not be there to do it."""
+        self._tell_guard(guard.FOLDER + os.fsencode(folder))
+
+    def _tell_guard(self, message: bytes) -> None:
+        with contextlib.suppress(OSError):
+            self._lifeline.sendall(message + guard.END)
 
     def _receive(self, count: int, timeout_s: float | None) -> bytes | None:
         """Receive what the guard says; nothing when it is gone, ``None`` when it says nothing in time."""

@@ -141,7 +141,7 @@ class Stage:
                 patience = Patience(options.start_timeout_s, options.stall_timeout_s or None)
                 payload = self.broadcast.value
                 own_arguments = b"" if plan is None else cloudpickle.dumps((plan,))
-                outcome = child.run(payload, context, environment, log, patience, own_arguments, alarm)
+                outcome = child.run(payload, context, environment, log, patience, own_arguments, alarm, scratch)
             if host_server is not None and outcome.failure is None:
                 host_server.wait()
             return ranks, outcome
@@ -248,7 +248,10 @@ def _hosts(ranks: Mapping[int, RankContext]) -> list[str]:
 
 
 def _scratch(options: LaunchOptions) -> tempfile.TemporaryDirectory[str]:
-    """Make the rank's folder for temporary files, which one that is killed cannot remove itself."""
+    """Make the rank's folder for temporary files, which one that is killed cannot remove itself.
+
+    Where this task is killed, the rank's guard removes it.
+    """
     place = options.env.get("TMPDIR")
     return tempfile.TemporaryDirectory(prefix="hvdspark-rank-", dir=place, ignore_cleanup_errors=True)
 

@@ -149,8 +149,7 @@ class _Parent:
             for descriptor in (self._listener.detach(), self._executor, self._place.folder, *self._guards):
                 os.close(descriptor)
             connection.sendall(GUARD.pack(os.getpid()))
-            ending = guard.stand_guard(lambda: _become_rank(*handed_over), connection.fileno(), handed_over)
-            connection.sendall(ending.to_bytes())
+            guard.stand_guard(lambda: _become_rank(*handed_over), connection.fileno(), handed_over)
         finally:
             os._exit(0)
 

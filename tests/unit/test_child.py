@@ -383,10 +383,11 @@ def test_what_the_process_started_ends_with_it(run: Callable[..., Outcome]) -> N
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
-def test_the_process_dies_when_its_task_is_killed(tmp_path: Path, start: str) -> None:
+def test_the_process_and_its_folder_go_when_its_task_is_killed(tmp_path: Path, start: str) -> None:
     """The task is a process of its own here, because it is killed the hard way."""
     script = tmp_path / "task.py"
-    pids = tmp_path / "pids"
+    pids, folder = tmp_path / "pids", tmp_path / "the rank's"
+    (folder / "within").mkdir(parents=True)
     script.write_text(
         textwrap.dedent(f"""
         import cloudpickle
@@ -405,7 +406,7 @@ def test_the_process_dies_when_its_task_is_killed(tmp_path: Path, start: str) ->
 
         context = RankContext(0, 1, 0, 1, 0, 1, "here")
         with Child(recipe_of({{}}, ("json",)), warm={start == "warm"}) as child:
-            child.run(cloudpickle.dumps(Job(work)), context, {{}}, None, Patience(60))
+            child.run(cloudpickle.dumps(Job(work)), context, {{}}, None, Patience(60), folder={str(folder)!r})
         """)
     )
     task = subprocess.Popen([sys.executable, str(script)])
@@ -417,6 +418,7 @@ def test_the_process_dies_when_its_task_is_killed(tmp_path: Path, start: str) ->
         task.wait()
     _, alive = psutil.wait_procs(descendants, timeout=5)
     assert alive == []
+    wait_until(lambda: not folder.exists())
 
 
 def running(pids: Path) -> list[psutil.Process]:
