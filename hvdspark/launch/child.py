@@ -10,6 +10,7 @@ for errors.
 
 from __future__ import annotations
 
+import codecs
 import collections
 import contextlib
 import logging
@@ -33,7 +34,10 @@ from hvdspark.plan import RankContext
 
 logger = logging.getLogger(__name__)
 
-TAIL_LINES = 50
+TAIL_LINES, _TAIL_LINE_CHARS = 50, 2000
+
+# A line that is longer is read in pieces.
+_PIECE_BYTES = 1 << 16
 
 _STACKS_TIMEOUT_S, _STACKS_POLL_S = 2.0, 0.05
 
@@ -215,20 +219,60 @@ def _stacks(process: TrainingProcess, place: str | None) -> str:
     return found
 
 
+class _LastLine:
+    """What an error tells of a line of output: what a terminal would show of it, up to a length."""
+
+    def __init__(self) -> None:
+        self._shown, self._cut = "", 0
+
+    def __str__(self) -> str:
+        return f"{self._shown} … ({self._cut} more characters)" if self._cut else self._shown
+
+    def add(self, piece: str) -> None:
+        """Add a part of the line, the last of which has its end."""
+        ended = piece.removesuffix("\r\n").removesuffix("\n")
+        _, is_overwritten, text = ended.rpartition("\r")
+        if is_overwritten:
+            self._shown, self._cut = "", 0
+        fits = _TAIL_LINE_CHARS - len(self._shown)
+        self._shown += text[:fits]
+        self._cut += len(text[fits:])
+
+
 def _pump(stream: IO[bytes], context: RankContext, log: IO[bytes] | None, tail: collections.deque[str]) -> None:
-    """Copy the process's output line by line to its log, each line with the rank before it."""
-    for line in stream:
-        text = line.decode(errors="replace").rstrip("\n")
-        if not _NOISE.search(text):
-            tail.append(text)
-        if log is not None and not _write_lines(log, context, [text]):
+    """Copy the process's output to its log, each line with the rank before it, however long it is."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    line: _LastLine | None = None
+    # A progress bar that only returns to the line's beginning never ends it.
+    while piece := stream.readline(_PIECE_BYTES):
+        text = decoder.decode(piece, final=piece.endswith(b"\n"))
+        if log is not None and not _write(log, context, [text if line else f"[{context}] {text}"]):
             log = None
+        line = line or _LastLine()
+        line.add(text)
+        if text.endswith("\n"):
+            _keep(line, tail)
+            line = None
+    if line is not None:
+        _keep(line, tail)
+        if log is not None:
+            _write(log, context, ["\n"])
+
+
+def _keep(line: _LastLine, tail: collections.deque[str]) -> None:
+    if not _NOISE.search(str(line)):
+        tail.append(str(line))
 
 
 def _write_lines(log: IO[bytes], context: RankContext, lines: Iterable[str]) -> bool:
     """Write lines to the log, each with the rank before it; ``False`` when the log cannot be written."""
+    return _write(log, context, (f"[{context}] {line}\n" for line in lines))
+
+
+def _write(log: IO[bytes], context: RankContext, texts: Iterable[str]) -> bool:
+    """Write texts to the log as they are; ``False`` when it cannot be written."""
     try:
-        log.writelines(f"[{context}] {line}\n".encode() for line in lines)
+        log.writelines(text.encode() for text in texts)
         log.flush()
     except Exception as exc:  # noqa: BLE001 - a Store's own kind of error must not stop the reading of the output
         logger.warning("[%s] cannot write the log: %s", context, exc)

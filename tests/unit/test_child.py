@@ -410,6 +410,34 @@ def test_output_goes_to_the_log_with_the_rank_before_each_line(run: Callable[...
     assert log.getvalue().decode().splitlines() == ["[rank 1/2 here] first", "[rank 1/2 here] second"]
 
 
+def test_of_a_line_without_end_an_error_tells_the_beginning_and_the_log_all(run: Callable[..., Outcome]) -> None:
+    def broken() -> None:
+        print("é" * 1_000_000)
+        print("short")
+        print("and no end", end="")
+        raise LookupError
+
+    log = io.BytesIO()
+    failure = run(broken, log=log).failure
+    assert failure is not None
+    assert failure.log_tail.splitlines() == ["é" * 2000 + " … (998000 more characters)", "short", "and no end"]
+    lines = log.getvalue().decode().splitlines()
+    assert [len(line) for line in lines[:3]] == [len("[rank 1/2 here] ") + size for size in (1_000_000, 5, 10)]
+    assert lines[3] == "[rank 1/2 here] LookupError"
+
+
+def test_of_a_progress_bar_an_error_tells_the_last_state(run: Callable[..., Outcome]) -> None:
+    def broken() -> None:
+        for step in range(100_000):
+            print(f"\rstep {step} of 100000", end="")
+        print("\r\na line\r\nwith\rout")
+        raise LookupError
+
+    failure = run(broken).failure
+    assert failure is not None
+    assert failure.log_tail == "step 99999 of 100000\na line\nout"
+
+
 def test_a_log_that_cannot_be_written_does_not_stop_the_work(
     run: Callable[..., Outcome], caplog: pytest.LogCaptureFixture
 ) -> None:
