@@ -269,10 +269,13 @@ class StageLostError(LaunchError):
     Attributes
     ----------
     is_passing : bool
-        Whether another attempt may succeed: nobody cancelled it.
+        Whether another attempt may succeed: something died, and nobody cancelled the job.
+    is_cancelled : bool
+        Whether the job was cancelled, or the session stopped.
     """
 
     is_passing: bool
+    is_cancelled: bool
 
 
 class RendezvousError(LaunchError):

@@ -150,7 +150,7 @@ def first_line(exc: BaseException) -> str:
 
 def _is_interruption(exc: BaseException) -> bool:
     # Spark's own way of Ctrl-C is to cancel all jobs.
-    is_cancelled = isinstance(exc, StageLostError) and not exc.is_passing
+    is_cancelled = isinstance(exc, StageLostError) and exc.is_cancelled
     return is_cancelled or not isinstance(exc, Exception)
 
 

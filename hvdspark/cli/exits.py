@@ -86,7 +86,9 @@ def exit_code(exc: BaseException) -> Exit:
     """
     if isinstance(exc, StageLostError):
         # Spark's own way of stopping a program is to cancel its jobs.
-        return Exit.TRY_AGAIN if exc.is_passing else Exit.INTERRUPTED
+        if exc.is_cancelled:
+            return Exit.INTERRUPTED
+        return Exit.TRY_AGAIN if exc.is_passing else _of_spark(exc.__cause__ or exc)
     if isinstance(exc, WorkerFailedError):
         return Exit.TRY_AGAIN if exc.is_passing else Exit.FAILED
     for cls, code in _BY_CLASS:

@@ -170,6 +170,7 @@ def error_of(failures: Sequence[Failure], logs: str | None = None) -> HvdSparkEr
 
 # How Spark says that a process or a host is gone, rather than that something in it raised an error.
 _LOST = re.compile(r"ExecutorLostFailure|Python worker exited unexpectedly|FetchFailed|executor \S+ (?:lost|exited)")
+_CANCELLED = re.compile(r"\bJob \S+ cancelled\b|SPARK_JOB_CANCELLED")
 
 
 def lost_stage(exc: Exception) -> StageLostError:
@@ -181,6 +182,7 @@ def lost_stage(exc: Exception) -> StageLostError:
         f"the barrier stage was lost: {said}. An executor may have died or the job was cancelled; Spark's own log"
         " tells more.",
         is_passing=_LOST.search(text) is not None and "cancelled" not in text,
+        is_cancelled=_CANCELLED.search(text) is not None,
     )
 
 

@@ -24,7 +24,7 @@ FIELDS = {
     errors.NonFiniteLossError: {"epoch": 1, "step": 6, "ranks": (1,)},
     errors.RankMismatchError: {"ranks": (1,)},
     errors.LaunchError: {"is_passing": True},
-    errors.StageLostError: {"is_passing": True},
+    errors.StageLostError: {"is_passing": True, "is_cancelled": False},
 }
 
 

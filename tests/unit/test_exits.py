@@ -12,11 +12,12 @@ import pytest
 from click.testing import CliRunner
 from hvdspark.estimators.job.result import JobResult, read_result
 from py4j.protocol import Py4JNetworkError
-from pyspark.errors import PythonException
+from pyspark.errors import PySparkException, PythonException
 
 from hvdspark import Store, cli, errors
 from hvdspark.cli.exits import Exit, exit_code
 from hvdspark.cli.jobs import cause_of, terminable
+from hvdspark.launch.failures import lost_stage
 from hvdspark.lease import held
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +34,12 @@ def failed(*, is_passing: bool) -> errors.WorkerFailedError:
     return errors.WorkerFailedError("x", failures={0: "x"}, root_cause=0, log_tail="", is_passing=is_passing)
 
 
+def lost(cause: Exception) -> errors.StageLostError:
+    error = lost_stage(cause)
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("exc", "code"),
     [
@@ -43,8 +50,10 @@ def failed(*, is_passing: bool) -> errors.WorkerFailedError:
         (errors.NotEnoughSlotsError("x", needed=2, available=1), Exit.TRY_AGAIN),
         (errors.LaunchTimeoutError("x"), Exit.TRY_AGAIN),
         (errors.RendezvousError("x"), Exit.TRY_AGAIN),
-        (errors.StageLostError("x", is_passing=True), Exit.TRY_AGAIN),
-        (errors.StageLostError("x", is_passing=False), Exit.INTERRUPTED),
+        (lost(PySparkException("ExecutorLostFailure (executor 1 exited)")), Exit.TRY_AGAIN),
+        (lost(PySparkException("Job 3 cancelled as part of cancellation of all jobs")), Exit.INTERRUPTED),
+        (lost(PySparkException("Task not serializable: a lock")), Exit.FAILED),
+        (lost(Py4JNetworkError("Answer from Java side is empty")), Exit.TRY_AGAIN),
         (failed(is_passing=True), Exit.TRY_AGAIN),
         (failed(is_passing=False), Exit.FAILED),
         (errors.RunInProgressError("x", run_id="a"), Exit.TRY_AGAIN),

@@ -89,15 +89,19 @@ def test_a_rank_that_lost_a_connection_says_so_however_long_it_had_waited() -> N
 
 
 @pytest.mark.parametrize(
-    ("said", "is_passing"),
+    ("said", "is_passing", "is_cancelled"),
     [
-        ("Stage failed.\nExecutorLostFailure (executor 1 exited) Reason: Remote RPC client disassociated", True),
-        ("Job 3 cancelled as part of cancellation of all jobs", False),
+        ("Stage failed.\nExecutorLostFailure (executor 1 exited) Reason: Remote RPC client disassociated", True, False),
+        ("[SPARK_JOB_CANCELLED] Job 3 cancelled as part of cancellation of all jobs SQLSTATE: XXKDA", False, True),
+        ("Job 0 cancelled because SparkContext was shut down", False, True),
+        ("Task not serializable: java.io.NotSerializableException: concurrent.futures.CancelledError", False, False),
     ],
 )
-def test_what_spark_says_of_a_lost_stage_is_told_by_its_telling_line(said: str, is_passing: bool) -> None:
+def test_what_spark_says_of_a_lost_stage_is_told_by_its_telling_line(
+    said: str, is_passing: bool, is_cancelled: bool
+) -> None:
     error = lost_stage(RuntimeError(f"An error occurred while calling o1.collectToPython.\n{said}"))
-    assert error.is_passing == is_passing
+    assert (error.is_passing, error.is_cancelled) == (is_passing, is_cancelled)
     assert ("ExecutorLostFailure (executor 1 exited)" in str(error)) == is_passing
 
 

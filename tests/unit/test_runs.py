@@ -43,8 +43,9 @@ FAILED = WorkerFailedError(
         (FAILED, "failed", "rank 1 on here: ValueError: no"),
         (MemoryError(), "failed", "MemoryError"),
         (KeyboardInterrupt(), "interrupted", "KeyboardInterrupt"),
-        (StageLostError("job 3 cancelled", is_passing=False), "interrupted", "job 3 cancelled"),
-        (StageLostError("executor lost", is_passing=True), "failed", "executor lost"),
+        (StageLostError("job cancelled", is_passing=False, is_cancelled=True), "interrupted", "job cancelled"),
+        (StageLostError("executor lost", is_passing=True, is_cancelled=False), "failed", "executor lost"),
+        (StageLostError("not serializable", is_passing=False, is_cancelled=False), "failed", "not serializable"),
     ],
 )
 def test_an_error_is_kept_with_the_run(store: Store, error: BaseException, state: str, cause: str) -> None:
