@@ -9,6 +9,7 @@ out.
 from __future__ import annotations
 
 import contextlib
+import logging
 import selectors
 import socket
 import threading
@@ -17,12 +18,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
+logger = logging.getLogger(__name__)
+
 _BACKLOG = 512
 _CHUNK_BYTES = 4096
 
 # Seconds to prove oneself, and how many may be about it at once, besides the members, who all may come at once.
 PATIENCE_S = 10.0
 WAITING_ROOM = 128
+
+# How many addresses that are turned away are told, of what may be many.
+_NOTED = 8
 
 # A host that is cut off sends no end of a connection: after this it is taken for gone.
 _IDLE_S, _PROBE_S, _PROBES = 5, 2, 3
@@ -75,6 +81,7 @@ class Door:
         self._address = (str(host), int(port))
         # Until when each of those who are to prove themselves has time, in the order in which they came.
         self._unproven: dict[Guest, float] = {}
+        self._turned_away: set[str] = set()
         self._stopped, self._stop = socket.socketpair()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
@@ -161,6 +168,7 @@ class Door:
             connection, (host, *_) = self._listener.accept()
             if host not in self._hosts:
                 connection.close()
+                self._note(host)
                 return
             # Nobody's turn may depend on one who reads nothing.
             connection.setblocking(False)
@@ -168,6 +176,22 @@ class Door:
             guest = self._guest_type(connection)
             self._selector.register(connection, selectors.EVENT_READ, guest)
             self._unproven[guest] = time.monotonic() + PATIENCE_S
+
+    def _note(self, host: str) -> None:
+        """Log that an address was turned away: once, and of a crowd no more than a few."""
+        if host in self._turned_away or len(self._turned_away) == _NOTED or not self._hosts:
+            return
+        self._turned_away.add(host)
+        more = ". Others will be turned away without a word" if len(self._turned_away) == _NOTED else ""
+        logger.warning(
+            "%s at %s:%d turned a connection from %s away, because the hosts of this job are %s. If it is one of them,"
+            " of several interfaces or behind NAT, name that by which the hosts reach each other with nics=[…]%s",
+            type(self).__name__,
+            *self._address,
+            host,
+            ", ".join(sorted(self._hosts)),
+            more,
+        )
 
     def _attend(self, guest: Guest, events: int) -> None:
         if events & selectors.EVENT_WRITE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -95,6 +96,21 @@ def test_a_crowd_from_hosts_that_are_not_of_the_job_keeps_nobody_out(kind: Kind)
         crowd = [stack.enter_context(stranger(server, f"127.0.0.{2 + number % 250}")) for number in range(CROWD)]
         assert is_served(server, kind)
         assert all(map(is_ended, crowd))
+
+
+def test_of_those_turned_away_a_few_are_told_once_each(kind: Kind, caplog: pytest.LogCaptureFixture) -> None:
+    strangers = [f"127.0.0.{number}" for number in range(2, 32)]
+    with running(kind) as server:
+        for source in [*strangers[:3], *strangers]:
+            with stranger(server, source) as connection:
+                connection.sendall(b"GET /what-strangers-say HTTP/1.1\r\n\r\n")
+                assert is_ended(connection)
+        assert is_served(server, kind)
+    told = [re.search(r"turned a connection from (\S+) away", line) for line in caplog.messages]
+    assert [found[1] for found in told if found] == strangers[:8]
+    assert "the hosts of this job are 127.0.0.1. If it is one of them" in caplog.messages[0]
+    assert "Others will be turned away without a word" in caplog.messages[-1]
+    assert "what-strangers-say" not in caplog.text
 
 
 def test_a_silent_crowd_from_a_host_of_the_job_keeps_nobody_out_and_holds_little(kind: Kind) -> None:
