@@ -205,7 +205,7 @@ class ParquetSource(RowSource):
     def _survey(self, columns: tuple[ColumnSpec, ...]) -> tuple[Store, Manifest]:
         train = survey(self._path, columns)
         if self._validation_path is None:
-            return train.store, Manifest(train.columns, {TRAIN: train.groups, VAL: ()})
+            return train.store, Manifest(train.columns, {TRAIN: train.groups, VAL: ()}, summary=train.summary)
         val = survey(self._validation_path, columns)
         if val.columns != train.columns:
             raise ParamError(
@@ -214,7 +214,8 @@ class ParquetSource(RowSource):
                 param="validation_path",
             )
         root = _common_folder(train.store.url, val.store.url)
-        return Store.create(root), Manifest(train.columns, {TRAIN: _seen_from(root, train), VAL: _seen_from(root, val)})
+        splits = {TRAIN: _seen_from(root, train), VAL: _seen_from(root, val)}
+        return Store.create(root), Manifest(train.columns, splits, summary=train.summary)
 
 
 def _written_by_a_fit(path: str) -> tuple[Store, Manifest] | None:

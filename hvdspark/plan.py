@@ -233,11 +233,14 @@ class Manifest:
         Row groups by split, ``"train"`` and ``"val"``, in the DataFrame's partition order.
     sizes
         Bytes of each file, where they are known.
+    summary
+        What tells the rows from others, as far as it is known; see :mod:`hvdspark.data.summary`.
     """
 
     columns: tuple[ColumnSpec, ...]
     splits: Mapping[str, tuple[RowGroup, ...]]
     sizes: Mapping[str, int] = field(default_factory=dict)
+    summary: Mapping[str, float] = field(default_factory=dict)
 
     VERSION = 1
 
@@ -259,6 +262,7 @@ class Manifest:
             columns=tuple(_column(**values) for values in data["columns"]),
             splits={name: tuple(RowGroup(**group) for group in groups) for name, groups in data["splits"].items()},
             sizes={str(name): int(size) for name, size in data.get("sizes", {}).items()},
+            summary={str(name): float(value) for name, value in data.get("summary", {}).items()},
         )
 
 
@@ -413,6 +417,8 @@ class FitPlan:
         Where decoded rows are kept for later epochs.
     data
         The Store that the rows are in, where that is another one.
+    summary
+        What tells the rows from others, as for :class:`Manifest`.
     """
 
     run_id: str
@@ -430,6 +436,7 @@ class FitPlan:
     train_steps_per_epoch: int | None = None
     validation_steps_per_epoch: int | None = None
     data: StoreRef | None = None
+    summary: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -12,6 +12,7 @@ from hvdspark.estimators.keras.optimizer import LearningRateScale
 from hvdspark.estimators.keras.snapshot import Snapshot
 from hvdspark.estimators.keras.spec import KerasSpec
 
+from hvdspark.data.summary import differing
 from hvdspark.errors import ParamError, StoreError
 from hvdspark.plan import FitPlan
 from hvdspark.runs import run_folder
@@ -88,14 +89,14 @@ class States:
         Raises
         ------
         ParamError
-            When the run was begun with other settings.
+            When the run was begun with other settings, or other rows.
         CorruptDatasetError
             When it was begun with another model.
         """
         if not self.exist:
             return Place(0)
         state = self._files.load(self._latest)
-        self._check(state.info["settings"])
+        self._check(state.info["settings"], state.info["rows"])
         self._snapshot.restore(state.shared, state.own)
         # A rank that is new has callbacks that know what the first rank's knew.
         self._snapshot.restore_callbacks(state.first if state.own is None else state.own)
@@ -170,6 +171,7 @@ class States:
     def _info(self, place: Place) -> dict[str, Any]:
         return {
             "settings": self._settings(),
+            "rows": dict(self._plan.summary),
             "steps_per_epoch": self._plan.steps_per_epoch,
             "ranks": self._session.context.size,
             "rate_factor": self._rate.factor,
@@ -188,7 +190,7 @@ class States:
             "shuffle": plan.shuffle,
         }
 
-    def _check(self, before: Mapping[str, Any]) -> None:
+    def _check(self, before: Mapping[str, Any], rows: Mapping[str, float]) -> None:
         for name, value in self._settings().items():
             if before.get(name) != value:
                 raise ParamError(
@@ -196,3 +198,13 @@ class States:
                     " give another run_id, or what the run began with",
                     param="run_id",
                 )
+        other = differing(rows, self._plan.summary)
+        if other is not None and self._plan.train.shares is not None:
+            # Spark's tasks computed them anew, also for a restart, and the query may depend on chance.
+            logger.warning("the rows are not those that the run was begun with: the %s is not what it was", other)
+        elif other is not None:
+            raise ParamError(
+                f"run_id='{self._plan.run_id}' was begun with other rows, though as many (the {other} is not what it"
+                " was); give another run_id, or the rows that the run began with",
+                param="run_id",
+            )

@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hvdspark.data.partitions import TRAIN, VAL, Layout, PartitionReport, PartitionWriter, Split
+from hvdspark.data.summary import added
 from hvdspark.errors import CorruptDatasetError, EmptyDatasetError, NullValueError, RaggedArrayError, StoreError
 from hvdspark.plan import ColumnSpec, Manifest, RowGroup
 from hvdspark.shelf import DATASETS
@@ -212,6 +213,7 @@ def merge(columns: Sequence[ColumnSpec], reports: Iterable[PartitionReport], spl
     manifest = Manifest(
         columns=tuple(layouts[spec.name].applied_to(spec) if spec.name in layouts else spec for spec in columns),
         splits=splits,
+        summary=added(report.summary for report in ordered),
     )
     train, val = manifest.rows(TRAIN), manifest.rows(VAL)
     if train + val == 0:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from hvdspark.data.arrays import require_fed
 from hvdspark.data.materialize import refuse_nulls
 from hvdspark.data.partitions import Layout
+from hvdspark.data.summary import Summary, summarize_footers
 from hvdspark.errors import CorruptDatasetError, EmptyDatasetError, StoreError
 from hvdspark.plan import ColumnSpec, GroupRead, RowGroup
 from hvdspark.store import Store
@@ -58,11 +59,14 @@ class Survey:
         The columns to train on, with the shapes of their rows.
     groups
         The row groups; paths are relative to the Store.
+    summary
+        What tells these rows from others, see :mod:`hvdspark.data.summary`.
     """
 
     store: Store
     columns: tuple[ColumnSpec, ...]
     groups: tuple[RowGroup, ...]
+    summary: Summary
 
 
 def survey(url: str, columns: Sequence[ColumnSpec]) -> Survey:
@@ -106,7 +110,7 @@ def survey(url: str, columns: Sequence[ColumnSpec]) -> Survey:
     foreign = [replace(column, packed=False) for column in columns]
     first = read_group(store, "", foreign, GroupRead(groups[0], ((0, 1),)))
     found = tuple(Layout.of(first[column.name], column.name).applied_to(column) for column in foreign)
-    return Survey(store, found, groups)
+    return Survey(store, found, groups, summarize_footers(footers, [column.name for column in columns]))
 
 
 def _files(store: Store) -> Iterator[str]:

@@ -22,6 +22,7 @@ from hvdspark.data.files import PARQUET, RowFile
 from hvdspark.data.images import ImageBlock
 from hvdspark.data.lists import count_nulls, ragged
 from hvdspark.data.sparse import SparseBlock
+from hvdspark.data.summary import added, summarize
 from hvdspark.errors import DataError, HvdSparkError, ImageError, NullValueError
 from hvdspark.plan import ColumnSpec, RowGroup, Shape, Storage, StoreRef
 from hvdspark.store import Store
@@ -125,6 +126,8 @@ class PartitionReport:
         Nulls by column.
     refused
         By column the first other error of its rows.
+    summary
+        Of all rows, see :mod:`hvdspark.data.summary`.
     """
 
     partition: int
@@ -132,6 +135,7 @@ class PartitionReport:
     layouts: dict[str, Layout] = field(default_factory=dict)
     nulls: dict[str, int] = field(default_factory=dict)
     refused: dict[str, HvdSparkError] = field(default_factory=dict)
+    summary: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Write the report as JSON text."""
@@ -146,7 +150,7 @@ class PartitionReport:
         groups = {name: [RowGroup(**group) for group in found] for name, found in data["groups"].items()}
         layouts = {name: Layout(tuple(found["shape"]), found["storage"]) for name, found in data["layouts"].items()}
         refused = {name: errors.from_plain(found) for name, found in data["refused"].items()}
-        return cls(data["partition"], groups, layouts, data["nulls"], refused)
+        return cls(data["partition"], groups, layouts, data["nulls"], refused, data["summary"])
 
 
 @dataclass(frozen=True)
@@ -173,6 +177,8 @@ class PartitionWriter:
                 held_out = self._held_out(batch, random, report)
                 if blocks is None:
                     continue
+                # Of all rows: where they come in another order, others of them are held out.
+                report.summary = added([report.summary, summarize(blocks)])
                 for name, mask in ((TRAIN, ~held_out), (VAL, held_out)):
                     if mask.any():
                         chosen = blocks if mask.all() else {key: block[mask] for key, block in blocks.items()}

@@ -97,4 +97,5 @@ class FitDraft:
             train_steps_per_epoch=self.train_steps_per_epoch,
             validation_steps_per_epoch=self.validation_steps_per_epoch,
             data=data,
+            summary=manifest.summary,
         )

@@ -133,6 +133,10 @@ def test_a_run_that_was_interrupted_goes_on_from_a_new_driver(
         WorkerFailedError, match=r"ParamError: run_id='again' was begun with batch_size=32, and now it is 16"
     ):
         estimator(store, batch_size=16, run_id="again").fit(df)
+    with pytest.raises(
+        WorkerFailedError, match=r"ParamError: run_id='again' was begun with other rows, though as many"
+    ):
+        estimator(store, run_id="again").fit(df.withColumn("y", df.y + 1))
     assert_same(outcome(estimator(store, run_id="again").fit(df)), undisturbed)
     with pytest.raises(ParamError, match=r"run_id='again' exists already .* and is finished"):
         estimator(store, run_id="again").fit(df)
