@@ -8,7 +8,7 @@
     datasets/<key>/leases/         who writes or reads it now, see hvdspark.lease
 
 A writer that dies leaves an attempt that no entry names, and a lease that nobody renews: it is never taken for whole,
-and :func:`collect` removes it.
+and goes when the next writer is through, or by :func:`collect`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import re
 import threading
 import time
@@ -36,7 +37,6 @@ DATASETS = "datasets"
 
 _ENTRY, _USED = "entry.json", "used.json"
 _ATTEMPT = re.compile(r"[0-9a-f]{12}")
-_POLL_S = 0.5
 
 # One writer at a time among the threads of this process, as a CrossValidator with parallelism has them.
 _locks: dict[tuple[str, str], threading.Lock] = {}
@@ -68,8 +68,8 @@ def dataset_of(store: Store, key: str, write: Callable[[str], None], *, keep: bo
     folder = f"{DATASETS}/{key}"
     try:
         # The lease comes before the look at the entry: collect() looks at leases after it took the entry away.
-        with lease.held(store, folder, "reader"):
-            dataset = _find(store, folder) or _write_once(store, folder, write)
+        with lease.held(store, folder, "reader") as own:
+            dataset = _find(store, folder) or _write_once(store, folder, own, write)
             store.publish_bytes(json.dumps({"time": time.time()}).encode(), folder, _USED)
             try:
                 yield dataset
@@ -111,23 +111,31 @@ def _size_bytes(store: Store, dataset: str) -> int:
     return int(store.filesystem.du(store.path(dataset)))
 
 
-def _write_once(store: Store, folder: str, write: Callable[[str], None]) -> str:
+def _write_once(store: Store, folder: str, own: str, write: Callable[[str], None]) -> str:
+    """Write a dataset, unless another does it meanwhile; ``own`` is the lease by which this one reads."""
     with _locks_guard:
         lock = _locks.setdefault((store.url, folder), threading.Lock())
-    with lock:
-        while (dataset := _find(store, folder)) is None and lease.is_held(store, folder, "writer"):
-            time.sleep(_POLL_S)
-        return dataset or _write(store, folder, write)
+    # Writing takes as long as it takes; should its process die, the lease ends.
+    with lock, lease.held_alone(store, folder, "writer", math.inf):
+        return _find(store, folder) or _write(store, folder, own, write)
 
 
-def _write(store: Store, folder: str, write: Callable[[str], None]) -> str:
+def _write(store: Store, folder: str, own: str, write: Callable[[str], None]) -> str:
     attempt = uuid.uuid4().hex[:12]
     dataset = f"{folder}/{attempt}"
-    with lease.held(store, folder, "writer"):
-        write(dataset)
-        entry = {"attempt": attempt, "size_bytes": _size_bytes(store, dataset), "written": time.time()}
-        store.publish_bytes(json.dumps(entry).encode(), folder, _ENTRY)
+    before = _entry(store, folder)
+    write(dataset)
+    entry = {"attempt": attempt, "size_bytes": _size_bytes(store, dataset), "written": time.time()}
+    store.publish_bytes(json.dumps(entry).encode(), folder, _ENTRY)
+    for other in _attempts(store, folder) - {attempt}:
+        # One that the entry named until now may still be read by whoever found it.
+        if before is None or other != before["attempt"] or not lease.is_held(store, folder, "reader", but=own):
+            _discard(store, f"{folder}/{other}")
     return dataset
+
+
+def _attempts(store: Store, folder: str) -> set[str]:
+    return {name for name in store.list(folder) if _ATTEMPT.fullmatch(name)}
 
 
 @dataclass(frozen=True)
@@ -142,7 +150,7 @@ class Removed:
         How much it held; zero for one that was never whole.
     reason
         ``"age"``: not used for too long; ``"size"``: the least recently used, while all together held too much;
-        ``"unfinished"``: its writer died.
+        ``"unfinished"``: its writer died, or it was damaged and written anew.
     """
 
     folder: str
@@ -177,11 +185,16 @@ def _doomed(store: Store, max_bytes: float, max_age_s: float) -> Iterator[Remove
     whole = []
     for name in store.list(DATASETS):
         folder = f"{DATASETS}/{name}"
-        entry = _entry(store, folder)
+        others, is_used, entry = _look(store, folder)
         if entry is not None:
             used_at = (store.read_json(folder, _USED) or {}).get("time")
-            whole.append((used_at if isinstance(used_at, float) else entry["written"], folder, entry["size_bytes"]))
-        elif not lease.is_held(store, folder):
+            size_bytes = entry["size_bytes"]
+            if is_used:
+                size_bytes += sum(_size_bytes(store, f"{folder}/{attempt}") for attempt in others)
+            else:
+                yield from (Removed(f"{folder}/{attempt}", 0, "unfinished") for attempt in sorted(others))
+            whole.append((used_at if isinstance(used_at, float) else entry["written"], folder, size_bytes))
+        elif not is_used:
             yield Removed(folder, 0, "unfinished")
     total, now = 0, time.time()
     for used_at, folder, size_bytes in sorted(whole, reverse=True):
@@ -192,8 +205,24 @@ def _doomed(store: Store, max_bytes: float, max_age_s: float) -> Iterator[Remove
             yield Removed(folder, size_bytes, "age" if too_old else "size")
 
 
+def _look(store: Store, folder: str) -> tuple[set[str], bool, dict[str, Any] | None]:
+    """Return the attempts that are not the whole one, whether somebody reads or writes now, and the entry."""
+    # In this order: who has ended writing one of these publishes its entry before giving up the lease.
+    attempts = _attempts(store, folder)
+    is_used = lease.is_held(store, folder)
+    entry = _entry(store, folder)
+    return attempts - {"" if entry is None else entry["attempt"]}, is_used, entry
+
+
 def _remove_unused(store: Store, folder: str) -> bool:
-    """Remove a dataset, unless somebody begins to use it at this moment."""
+    """Remove a dataset, or an attempt at one, unless somebody begins to use it at this moment."""
+    key, _, attempt = folder.removeprefix(f"{DATASETS}/").partition("/")
+    if attempt:
+        others, is_used, _ = _look(store, f"{DATASETS}/{key}")
+        if is_used or attempt not in others:
+            return False
+        _discard(store, folder)
+        return True
     entry = store.find_bytes(folder, _ENTRY)
     if entry is not None:
         # From here on nobody finds it; whoever found it before has a lease already.

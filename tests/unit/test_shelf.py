@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -148,6 +149,79 @@ def test_a_process_waits_for_another_that_writes_the_same(store: Store) -> None:
         with mock.patch.object(shelf.time, "sleep", sleep), dataset_of(store, KEY, fail) as dataset:
             assert store.read_bytes(dataset, "rows") == b"theirs"
     assert waited == [True]
+
+
+AT_ONCE = """
+import sys, time
+from pathlib import Path
+from hvdspark import Store
+from hvdspark.shelf import dataset_of
+store, marks, own, other = Store.create(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4]
+for number in range(int(sys.argv[5])):
+    def write(dataset):
+        (marks / f"{number}-written-by-{own}").touch()
+        time.sleep(0.02)
+        store.publish_bytes(b"rows", dataset, "rows")
+    (marks / f"{number}-{own}").touch()
+    while not (marks / f"{number}-{other}").exists():
+        pass
+    with dataset_of(store, f"key-{number}", write) as dataset:
+        assert store.read_bytes(dataset, "rows") == b"rows"
+"""
+
+
+def test_processes_that_begin_at_once_share_one_writing(store: Store, tmp_path: Path) -> None:
+    rounds = 25
+    arguments = [sys.executable, "-c", AT_ONCE, store.url, str(tmp_path)]
+    both = [subprocess.Popen([*arguments, own, other, str(rounds)]) for own, other in (("a", "b"), ("b", "a"))]
+    try:
+        assert [process.wait(240) for process in both] == [0, 0]
+    finally:
+        for process in both:
+            process.kill()
+            process.wait()
+    assert len(list(tmp_path.glob("*-written-by-*"))) == rounds
+    for number in range(rounds):
+        assert len(store.list("datasets", f"key-{number}")) == 3, "one attempt, its entry, and when it was used"
+
+
+def attempts(store: Store) -> list[str]:
+    return [name for name in store.list(FOLDER) if re.fullmatch(r"[0-9a-f]{12}", name)]
+
+
+def test_what_a_killed_writer_left_goes_when_another_one_is_through(store: Store) -> None:
+    with OtherProcess(store) as other:
+        assert other.says() == "writing\n"
+        os.kill(other.process.pid, signal.SIGKILL)
+        other.process.wait()
+    store.publish_bytes(b"half", FOLDER, "0123456789ab", "rows")
+    with dataset_of(store, KEY, writer(store)) as dataset:
+        assert attempts(store) == [dataset.rpartition("/")[2]]
+
+
+def test_a_damaged_dataset_goes_when_nobody_reads_it_any_more(store: Store) -> None:
+    with dataset_of(store, KEY, writer(store)) as old, OtherProcess(store) as other:
+        assert other.says() == "reading\n"
+        Path(store.path(old, "rows")).write_text("row")
+        with dataset_of(store, KEY, writer(store)) as new:
+            assert sorted(attempts(store)) == sorted(name.rpartition("/")[2] for name in (old, new))
+        assert store.gc(max_bytes=0) == []
+    size_bytes = shelf._size_bytes(store, new)
+    assert store.gc(max_bytes=size_bytes, dry_run=True) == [Removed(old, 0, "unfinished")]
+    assert store.exists(old)
+    assert store.gc(max_bytes=size_bytes) == [Removed(old, 0, "unfinished")]
+    assert attempts(store) == [new.rpartition("/")[2]]
+    with dataset_of(store, KEY, fail) as found:
+        assert found == new
+
+
+def test_an_old_attempt_that_is_in_use_counts_for_the_limit(store: Store) -> None:
+    keep(store, "a", 100, 300.0)
+    with dataset_of(store, KEY, writer(store, "x" * 60)) as dataset:
+        assert store.gc(max_bytes=200, dry_run=True) == []
+        store.publish_bytes(b"x" * 60, FOLDER, "0123456789ab", "rows")
+        assert store.gc(max_bytes=200, dry_run=True) == [Removed("datasets/a", 100, "size")]
+        assert store.exists(dataset)
 
 
 def test_a_writer_that_was_killed_is_not_waited_for_and_its_files_are_not_taken(store: Store) -> None:
