@@ -1,4 +1,4 @@
-"""Keras' callbacks in a rank: which of them run there, and whether they want to see every step."""
+"""Keras' callbacks in a rank: which of them run there, and which steps they want to see."""
 
 from __future__ import annotations
 
@@ -9,6 +9,15 @@ import keras
 
 # Callbacks that write files; on other ranks than the first they would write the same files at the same time.
 _WRITERS = ("ModelCheckpoint", "OrbaxCheckpoint", "TensorBoard", "CSVLogger", "BackupAndRestore", "RemoteMonitor")
+
+# Those whose hook for steps does nothing when they save at the end of epochs.
+_SAVE_HOOKS = tuple(
+    getattr(keras.callbacks, name).on_train_batch_end
+    for name in ("ModelCheckpoint", "OrbaxCheckpoint")
+    if hasattr(keras.callbacks, name)  # Orbax came with a later Keras 3
+)
+# The loss it looks at is that of the epoch so far: once that is no number, it stays so.
+_LOSS_HOOK = keras.callbacks.TerminateOnNaN.on_batch_end
 
 _STEP_HOOKS = ("on_train_batch_begin", "on_train_batch_end", "on_batch_begin", "on_batch_end")
 _VALIDATION_STEP_HOOKS = ("on_test_batch_begin", "on_test_batch_end")
@@ -22,6 +31,11 @@ def chosen(callbacks: Sequence[Any], *, is_first: bool) -> list[Any]:
 def watch_steps(callbacks: Sequence[Any]) -> bool:
     """Whether any of them wants to be told of every training step."""
     return any(_acts(each, hook) for each in callbacks for hook in _STEP_HOOKS)
+
+
+def watch_losses(callbacks: Sequence[Any]) -> bool:
+    """Whether any of them wants to be told of the loss within an epoch, though not after every step."""
+    return any(_function(each.on_batch_end) is _LOSS_HOOK for each in callbacks)
 
 
 def watch_validation_steps(callbacks: Sequence[Any]) -> bool:
@@ -42,6 +56,13 @@ def _is_writer(callback: Any) -> bool:
 
 
 def _acts(callback: Any, hook: str) -> bool:
-    """Whether a callback has a hook of its own: its class may define it, or the instance hold it, as LambdaCallback."""
-    found = getattr(callback, hook)
-    return getattr(found, "__func__", found) is not getattr(keras.callbacks.Callback, hook)
+    """Whether a callback does something of its own in a hook, for which it must see every step."""
+    function = _function(getattr(callback, hook))
+    if function in _SAVE_HOOKS:
+        return bool(callback.save_freq != "epoch")
+    return function not in (getattr(keras.callbacks.Callback, hook), _LOSS_HOOK)
+
+
+def _function(hook: Any) -> Any:
+    """Return what a hook calls: its class may define it, or the instance hold it, as LambdaCallback does."""
+    return getattr(hook, "__func__", hook)

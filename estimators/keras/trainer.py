@@ -19,7 +19,7 @@ from hvdspark.estimators.keras import codec
 from hvdspark.estimators.keras.agreement import Agreement, describe
 from hvdspark.estimators.keras.allreduce import choose_allreduce
 from hvdspark.estimators.keras.batches import ENDLESS, Batches, packer
-from hvdspark.estimators.keras.callbacks import callback_list, chosen, watch_steps, watch_validation_steps
+from hvdspark.estimators.keras.callbacks import callback_list, chosen, watch_losses, watch_steps, watch_validation_steps
 from hvdspark.estimators.keras.clock import Pace, StepClock
 from hvdspark.estimators.keras.feeding import StepFeed
 from hvdspark.estimators.keras.finite import FiniteGuard
@@ -232,6 +232,7 @@ class _Training:
         own = [*chosen(self._spec.callbacks, is_first=session.is_first), *self._event_files(), self._history]
         # Together: ranks that take another number of steps at a time would not stop at the same one.
         self._watches_steps = session.any(watch_steps(own), "hvdspark_watch_steps")
+        self._watches_losses = watch_losses(own)
         # Validation has no step in which ranks meet.
         self._watches_validation = watch_validation_steps(own)
         callbacks = callback_list(own, self._model, plan.epochs, plan.steps_per_epoch)
@@ -330,7 +331,7 @@ class _Training:
             if self._guard.ended:
                 break
             step = stop
-            if self._watches_steps:
+            if self._watches_steps or self._watches_losses:
                 callbacks.on_train_batch_end(step - 1, current_metrics(self._model))
             if interval and (first + step) % interval == 0 and step < steps:
                 self._guard.check_weights(self._model.trainable_variables, epoch, step)

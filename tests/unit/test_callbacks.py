@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 import pytest
-from hvdspark.estimators.keras.callbacks import chosen, watch_steps, watch_validation_steps
+from hvdspark.estimators.keras.callbacks import chosen, watch_losses, watch_steps, watch_validation_steps
 
 
 class Watches(keras.callbacks.Callback):  # type: ignore[misc]
@@ -16,6 +16,16 @@ class Watches(keras.callbacks.Callback):  # type: ignore[misc]
 
 class WatchesToo(Watches):
     """Inherits the hook."""
+
+
+class SavesAtSteps(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        super().on_train_batch_end(batch, logs)
+
+
+class TerminatesOnMore(keras.callbacks.TerminateOnNaN):  # type: ignore[misc]
+    def on_batch_end(self, batch: int, logs: Any = None) -> None:
+        super().on_batch_end(batch, logs)
 
 
 class AtEpochs(keras.callbacks.Callback):  # type: ignore[misc]
@@ -35,6 +45,9 @@ def no_op(*_: Any, **__: Any) -> None:
         keras.callbacks.LambdaCallback(on_train_batch_begin=no_op),
         keras.callbacks.LambdaCallback(on_train_batch_end=no_op),
         keras.callbacks.LambdaCallback(on_batch_end=no_op),
+        keras.callbacks.ModelCheckpoint("model.keras", save_freq=10),
+        SavesAtSteps("model.keras"),
+        TerminatesOnMore(),
     ],
 )
 def test_a_hook_for_steps_is_seen_wherever_it_is(callback: Any) -> None:
@@ -54,9 +67,16 @@ def test_callbacks_without_such_hooks_let_a_call_take_many_steps() -> None:
         keras.callbacks.LambdaCallback(on_epoch_end=no_op),
         keras.callbacks.EarlyStopping(),
         keras.callbacks.History(),
+        keras.callbacks.ModelCheckpoint("model.keras"),
+        keras.callbacks.TerminateOnNaN(),
     ]
     assert not watch_steps(callbacks)
     assert not watch_validation_steps(callbacks)
+
+
+def test_one_that_ends_the_training_on_nan_looks_at_the_loss_alone() -> None:
+    assert watch_losses([AtEpochs(), keras.callbacks.TerminateOnNaN()])
+    assert not watch_losses([AtEpochs(), Watches(), keras.callbacks.ModelCheckpoint("model.keras")])
 
 
 @pytest.mark.parametrize("name", ["ModelCheckpoint", "OrbaxCheckpoint", "TensorBoard", "CSVLogger"])

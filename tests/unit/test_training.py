@@ -13,6 +13,7 @@ from typing import Any
 
 import cloudpickle
 import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 from rank_fits import fit_plan, keras_spec, rows, run_ranks
@@ -78,6 +79,35 @@ def test_a_rank_whose_steps_are_fast_takes_many_at_a_time(write_dataset: Callabl
     _, codes, errors = run_ranks(tmp_path, plan, keras_spec(network()), partial(note_moves, tmp_path / "moves"))
     assert codes == [0], errors
     assert count(tmp_path / "moves", "epoch 2", "computing") < plan.train.steps / 8
+
+
+class NoNumber(keras.losses.Loss):  # type: ignore[misc]
+    """Is no number for labels above 100, while its gradients are well."""
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        wrong = keras.ops.where(y_true > 100, math.nan, 0.0)
+        return keras.ops.square(y_true - y_pred) + keras.ops.stop_gradient(wrong)
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_callbacks_of_keras_that_look_at_epochs_or_at_the_loss_leave_many_steps_to_a_call(
+    write_dataset: Callable[..., Any], tmp_path: Path, bad: bool
+) -> None:
+    x, y = rows(4000)
+    if bad:
+        y[2000] = 101
+    plan = fit_plan(write_dataset, (x, y), batch_rows=8, epochs=3)
+    callbacks = [keras.callbacks.TerminateOnNaN(), keras.callbacks.ModelCheckpoint(str(tmp_path / "{epoch}.keras"))]
+    # With "skip" a loss that is no number is no error of ours.
+    spec = keras_spec(network(loss=NoNumber()), *callbacks, on_nan="skip", custom_objects={"NoNumber": NoNumber})
+    result, codes, errors = run_ranks(tmp_path, plan, spec, partial(note_moves, tmp_path / "moves"))
+    assert codes == [0], errors
+    assert result is not None
+    epochs = 1 if bad else 3
+    assert len(result.history["loss"]) == epochs
+    assert math.isnan(result.history["loss"][0]) is bad
+    assert sorted(path.name for path in tmp_path.glob("*.keras")) == [f"{number + 1}.keras" for number in range(epochs)]
+    assert count(tmp_path / "moves", "computing") < epochs * plan.train.steps / 8
 
 
 @pytest.mark.parametrize("allreduce", ["shared_memory", "horovod"])
