@@ -43,6 +43,11 @@ def watch_validation_steps(callbacks: Sequence[Any]) -> bool:
     return any(_acts(each, hook) for each in callbacks for hook in _VALIDATION_STEP_HOOKS)
 
 
+def act_at_end(callbacks: Sequence[Any]) -> bool:
+    """Whether any of them does something when the training ends, such as giving the model other weights."""
+    return any(_function(each.on_train_end) is not keras.callbacks.Callback.on_train_end for each in callbacks)
+
+
 def callback_list(callbacks: Sequence[Any], model: Any, epochs: int, steps: int) -> Any:
     """Make Keras' list of callbacks, which calls each of them, for a training of so many epochs and steps."""
     return keras.callbacks.CallbackList(

@@ -166,6 +166,13 @@ def _dense_if_small(grad: Any) -> Any:
     return tf.convert_to_tensor(grad) if shape is not None and values <= DENSE_TABLE_VALUES else grad
 
 
+def changes_at_end(optimizer: Any) -> bool:
+    """Whether an optimizer has other weights for the end of a training, such as averages of those it went through."""
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    finalize = getattr(inner.finalize_variable_values, "__func__", None)
+    return bool(inner.use_ema) or finalize is not keras.optimizers.Optimizer.finalize_variable_values
+
+
 class LearningRateScale:
     """Multiplies an optimizer's learning rate while it trains, and takes the factor out while it is saved.
 

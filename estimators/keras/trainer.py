@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -19,13 +20,20 @@ from hvdspark.estimators.keras import codec
 from hvdspark.estimators.keras.agreement import Agreement, describe
 from hvdspark.estimators.keras.allreduce import choose_allreduce
 from hvdspark.estimators.keras.batches import ENDLESS, Batches, packer
-from hvdspark.estimators.keras.callbacks import callback_list, chosen, watch_losses, watch_steps, watch_validation_steps
+from hvdspark.estimators.keras.callbacks import (
+    act_at_end,
+    callback_list,
+    chosen,
+    watch_losses,
+    watch_steps,
+    watch_validation_steps,
+)
 from hvdspark.estimators.keras.clock import Pace, StepClock
 from hvdspark.estimators.keras.feeding import StepFeed
 from hvdspark.estimators.keras.finite import FiniteGuard
 from hvdspark.estimators.keras.journal import EpochHistory, Journal
 from hvdspark.estimators.keras.metrics import current_metrics, global_metrics
-from hvdspark.estimators.keras.optimizer import GradientReducer, LearningRateScale
+from hvdspark.estimators.keras.optimizer import GradientReducer, LearningRateScale, changes_at_end
 from hvdspark.estimators.keras.snapshot import Snapshot
 from hvdspark.estimators.keras.spec import KerasSpec
 from hvdspark.estimators.keras.states import Place, States
@@ -33,6 +41,7 @@ from hvdspark.estimators.keras.steps import TrainSteps, ValidationSteps, build_m
 from hvdspark.estimators.keras.tensorboard import RunTensorBoard
 
 from hvdspark.data.shardcache import CacheRoom
+from hvdspark.errors import StoreError
 from hvdspark.history import EpochRecord
 from hvdspark.launch import gpus
 from hvdspark.plan import FitPlan, ModelTensor, ShardPlan, TrainResult
@@ -97,6 +106,8 @@ class _Training:
         self._clock = StepClock()
         self._pace, self._val_pace = Pace(STEPS_TOGETHER), Pace(_ANY_STEPS)
         self._reporter: Reporter | None = None
+        self._serialize_final = self._serialize
+        self._unkept: Place | None = None
         room = CacheRoom(session.context.local_size)
         passes = -(-plan.epochs * plan.steps_per_epoch // plan.train.steps)
         self._batches = self._open(plan.train, room, passes, shuffle=plan.shuffle)
@@ -109,12 +120,11 @@ class _Training:
         with self._timed("train"), self._reporter or nullcontext():
             self._epochs()
             wait_share = self._longest_wait()
-        if not self._session.is_first:
-            return None
         pulse.moved_on("publishing the model")
         with self._timed("publish"):
-            path = self._checkpoints.publish()
-            self._states.clear()
+            path = self._publish()
+        if not self._session.is_first:
+            return None
         inputs, outputs = codec.describe(self._model)
         return TrainResult(
             history=dict(self._history.history),
@@ -238,6 +248,9 @@ class _Training:
         callbacks = callback_list(own, self._model, plan.epochs, plan.steps_per_epoch)
         # Where event files go is not for a checkpoint to say.
         kept = [each for each in callbacks.callbacks if not isinstance(each, RunTensorBoard)]
+        # Together, as states are kept: whether the model is published as the last epoch leaves it.
+        changes = act_at_end(kept) or changes_at_end(self._model.optimizer)
+        self._ends_plainly = not session.any(changes, "hvdspark_changes_at_end")
         snapshot = Snapshot(self._model, kept, [*self._reducer.variables, *self._guard.variables])
         self._states = States(plan, self._spec, session, snapshot, self._rate, self._checkpoints)
         self._model.stop_training = False
@@ -279,9 +292,8 @@ class _Training:
             pulse.moved_on(f"{self._epoch}, keeping what was trained")
             if session.is_first:
                 logger.info("epoch %d/%d: %s", epoch + 1, plan.epochs, _show(logs))
-                self._checkpoints.save(logs, self._serialize)
             stopped = session.any(bool(self._model.stop_training), "hvdspark_stop")
-            self._states.keep(Place(first + steps, logs, stopped))
+            self._keep(Place(first + steps, logs, stopped), is_final=stopped or epoch + 1 == plan.epochs)
             if stopped:
                 self._model.stop_training = True
                 break
@@ -294,12 +306,39 @@ class _Training:
         if self._reporter is not None:
             self._reporter.history([EpochRecord.from_plain(values) for values in records])
 
+    def _keep(self, place: Place, *, is_final: bool) -> None:
+        """Keep what was trained up to the end of an epoch."""
+        publishes_next = is_final and self._ends_plainly
+        if publishes_next:
+            self._serialize_final = functools.cache(self._serialize)
+        if self._session.is_first:
+            self._checkpoints.save(place.logs, self._serialize_final, is_final=is_final)
+        if publishes_next:
+            # The model itself takes the place of a state.
+            self._unkept = place
+        else:
+            self._states.keep(place)
+
     def _finish(self, callbacks: Any, logs: Mapping[str, float]) -> None:
         """Let the optimizer and the callbacks have their last word on the weights, as restoring the best ones is."""
         self._model.optimizer.finalize_variable_values(self._model.trainable_variables)
         callbacks.on_train_end(logs)
+
+    def _publish(self) -> str:
+        """Have the first rank make the model the run's result; returns where that is, on this rank."""
+        path, error = "", None
         if self._session.is_first:
-            self._checkpoints.save_last(self._serialize())
+            try:
+                path = self._checkpoints.publish(self._serialize_final)
+            except StoreError as exc:
+                error = exc
+        if self._unkept is not None and self._session.any(error is not None, "hvdspark_unpublished"):
+            self._states.keep(self._unkept)
+        if error is not None:
+            raise error
+        if self._session.is_first:
+            self._states.clear()
+        return path
 
     def _average_statistics(self) -> None:
         """Average what layers keep of the rows they saw, such as batch normalization's means, over the ranks."""

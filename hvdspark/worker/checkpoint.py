@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import posixpath
@@ -39,7 +40,7 @@ class BestOf:
 
 
 class Checkpoints:
-    """The models of a run: after every epoch the last one, and the best so far where that is wanted.
+    """The models of a run: while it lasts that of the last epoch, and the best so far where that is wanted.
 
     Only rank 0 has one of these. A model that cannot be written, as on a full disk, is kept in memory and tried again
     with the next one: the training goes on, and what is published at the end is never an older model.
@@ -62,6 +63,7 @@ class Checkpoints:
         self._best_of = best_of
         self._best_value = math.nan
         self._unwritten: dict[str, bytes] = {}
+        self._final_best: bytes | None = None
 
     @property
     def is_behind(self) -> bool:
@@ -77,7 +79,7 @@ class Checkpoints:
     def best_value(self, value: float) -> None:
         self._best_value = value
 
-    def save(self, logs: Mapping[str, float], serialize: Callable[[], bytes]) -> None:
+    def save(self, logs: Mapping[str, float], serialize: Callable[[], bytes], *, is_final: bool = False) -> None:
         """Keep the model of an epoch that has just ended.
 
         Parameters
@@ -86,25 +88,38 @@ class Checkpoints:
             The epoch's metrics.
         serialize
             Gives the model's bytes.
+        is_final
+            Whether the training ends with it: then it is kept only as the best, and else left to :meth:`publish`.
 
         Raises
         ------
         ParamError
             When the metric to go by is not among them (naming those that are).
         """
-        data = serialize()
-        self.save_last(data)
-        if self._best_of is not None and self._improves(logs):
-            self._write("best", data)
-        elif self.is_behind:
+        is_best = self._best_of is not None and self._improves(logs)
+        if is_best or not is_final:
+            data = serialize()
+            if is_final:
+                self._final_best = data
+            else:
+                self._write("last", data)
+            if is_best:
+                self._write("best", data)
+        if self.is_behind and not is_best:
             self._write("best", self._unwritten["best"])
 
-    def save_last(self, data: bytes) -> None:
-        """Keep a model as the last one."""
-        self._write("last", data)
+    def publish(self, serialize: Callable[[], bytes]) -> str:
+        """Make the trained model, or that of the best epoch, the run's result.
 
-    def publish(self) -> str:
-        """Make the kept model the run's result; returns its path, relative to the Store.
+        Parameters
+        ----------
+        serialize
+            Gives the bytes of the trained model.
+
+        Returns
+        -------
+        str
+            Its path, relative to the Store.
 
         Raises
         ------
@@ -112,17 +127,26 @@ class Checkpoints:
             When it cannot be written.
         """
         target = posixpath.join(self._folder, MODEL + self._suffix)
-        kept = "last" if self._best_of is None else "best"
+        data = serialize()
+        if self._best_of is not None:
+            self._write("last", data)
         try:
-            data = self._unwritten.get(kept)
-            self._store.publish_bytes(self._store.read_bytes(self._path(kept)) if data is None else data, target)
+            self._store.publish_bytes(data if self._best_of is None else self._best(), target)
         except StoreError as exc:
             raise StoreError(
                 f"{exc}. The model is trained, but not in the Store: when that has room and can be reached again, fit"
                 f" with run_id='{self._run_id}' goes on from the last checkpoint",
                 url=exc.url,
             ) from exc
+        if self._best_of is None:
+            # That of an epoch before.
+            with contextlib.suppress(StoreError):
+                self._store.delete(self._path("last"))
         return target
+
+    def _best(self) -> bytes:
+        data = self._final_best or self._unwritten.get("best")
+        return self._store.read_bytes(self._path("best")) if data is None else data
 
     def _write(self, name: str, data: bytes) -> None:
         try:

@@ -25,8 +25,9 @@ def kept_epoch(store: Store, best_of: BestOf | None, epochs: Sequence[Mapping[st
     """Save a model per epoch, whose bytes are the epoch's number, and return which one is published."""
     checkpoints = Checkpoints(store, "run", ".txt", best_of)
     for number, logs in enumerate(epochs):
-        checkpoints.save(logs, lambda number=number: str(number).encode())  # type: ignore[misc]
-    return int(store.read_bytes(checkpoints.publish()))
+        is_final = number + 1 == len(epochs)
+        checkpoints.save(logs, lambda number=number: str(number).encode(), is_final=is_final)  # type: ignore[misc]
+    return int(store.read_bytes(checkpoints.publish(lambda: str(len(epochs) - 1).encode())))
 
 
 def losses(*values: float) -> list[dict[str, float]]:
@@ -115,6 +116,8 @@ def test_the_model_is_serialized_once_per_epoch(store: Store) -> None:
     for value in (2.0, 1.0, 3.0):
         checkpoints.save({"loss": value}, lambda: calls.append(1) or b"x")  # type: ignore[func-returns-value]
     assert len(calls) == 3
+    checkpoints.save({"loss": 4.0}, lambda: calls.append(1) or b"x", is_final=True)  # type: ignore[func-returns-value]
+    assert len(calls) == 3
 
 
 def test_a_run_has_its_model_and_its_checkpoints_and_nothing_else(store: Store) -> None:
@@ -124,9 +127,33 @@ def test_a_run_has_its_model_and_its_checkpoints_and_nothing_else(store: Store) 
     assert store.read_bytes(run_folder("run"), "checkpoints", "last.txt") == b"1"
 
 
-def test_publishing_before_any_epoch_is_an_error_that_names_the_file(store: Store) -> None:
-    with pytest.raises(StoreError, match=r"runs/run/checkpoints/last\.txt"):
-        Checkpoints(store, "run", ".txt").publish()
+def test_a_run_whose_last_model_is_kept_has_it_once(store: Store) -> None:
+    assert kept_epoch(store, None, losses(0.1, 0.2)) == 1
+    assert store.list(run_folder("run")) == ["checkpoints", "model.txt"]
+    assert store.list(run_folder("run"), "checkpoints") == []
+
+
+@pytest.mark.parametrize("best_of", [None, BestOf()])
+def test_what_callbacks_make_of_the_model_at_the_end_is_the_last_one(store: Store, best_of: BestOf | None) -> None:
+    checkpoints = Checkpoints(store, "run", ".txt", best_of)
+    checkpoints.save({"val_loss": 1.0}, lambda: b"trained", is_final=True)
+    published = store.read_bytes(checkpoints.publish(lambda: b"averaged"))
+    assert published == (b"averaged" if best_of is None else b"trained")
+    if best_of is not None:
+        assert store.read_bytes(run_folder("run"), "checkpoints", "last.txt") == b"averaged"
+
+
+def test_publishing_the_best_before_any_epoch_is_an_error_that_names_the_file(store: Store) -> None:
+    with pytest.raises(StoreError, match=r"runs/run/checkpoints/best\.txt"):
+        Checkpoints(store, "run", ".txt", BestOf()).publish(lambda: b"x")
+
+
+def test_another_attempt_publishes_the_best_of_an_earlier_one(store: Store) -> None:
+    Checkpoints(store, "run", ".txt", BestOf()).save({"val_loss": 1.0}, lambda: b"best", is_final=True)
+    again = Checkpoints(store, "run", ".txt", BestOf())
+    again.best_value = 1.0
+    again.save({"val_loss": 2.0}, lambda: b"worse", is_final=True)
+    assert store.read_bytes(again.publish(lambda: b"worse")) == b"best"
 
 
 def test_an_epoch_whose_model_cannot_be_serialized_keeps_the_one_before(store: Store) -> None:
@@ -138,7 +165,7 @@ def test_an_epoch_whose_model_cannot_be_serialized_keeps_the_one_before(store: S
 
     with pytest.raises(RuntimeError):
         checkpoints.save({"loss": 1.0}, fail)
-    assert store.read_bytes(checkpoints.publish()) == b"first"
+    assert store.read_bytes(checkpoints.publish(lambda: b"second")) == b"first"
 
 
 @pytest.fixture
@@ -175,7 +202,7 @@ def test_a_model_that_cannot_be_written_is_written_with_the_next_one(
     assert not checkpoints.is_behind
     folder = run_folder("run")
     assert store.read_bytes(folder, "checkpoints", "best.txt") == b"best"
-    assert store.read_bytes(checkpoints.publish()) == b"best"
+    assert store.read_bytes(checkpoints.publish(lambda: b"worse")) == b"best"
 
 
 @pytest.mark.parametrize("best_of", [None, BestOf("loss")])
@@ -186,7 +213,7 @@ def test_an_older_model_is_never_published_in_place_of_one_that_could_not_be_wri
     checkpoints.save({"loss": 3.0}, lambda: b"old")
     blocked(True)
     checkpoints.save({"loss": 1.0}, lambda: b"new")
-    assert store.read_bytes(checkpoints.publish()) == b"new"
+    assert store.read_bytes(checkpoints.publish(lambda: b"new")) == b"new"
 
 
 def test_a_model_that_cannot_be_published_is_an_error_that_says_how_to_go_on(store: Store, tmp_path: Path) -> None:
@@ -196,6 +223,6 @@ def test_a_model_that_cannot_be_published_is_an_error_that_says_how_to_go_on(sto
     with pytest.raises(
         StoreError, match=r"^cannot write .*/model.txt: .*Is a directory.* run_id='run' goes on"
     ) as caught:
-        checkpoints.publish()
+        checkpoints.publish(lambda: b"x")
     assert caught.value.url == store.url_of("runs/run/model.txt")
     assert store.list("runs/run") == ["checkpoints", "model.txt"]

@@ -16,7 +16,11 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from hvdspark.estimators import BestOf
+from hvdspark.estimators.keras import codec
 from rank_fits import fit_plan, keras_spec, rows, run_ranks
+
+from hvdspark import Store
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -123,3 +127,112 @@ def test_a_bad_step_is_found_where_a_rank_has_fewer_rows_than_another(
     assert result is None
     assert codes != [0, 0]
     assert "NonFiniteLossError: epoch 1, step 6 of 21: the gradient of rank 1 is not finite" in errors
+
+
+def note_models(path: Path, fatal: int = 0) -> None:
+    """Have this rank write down how often a model becomes bytes, and what is written; one of these times kills it."""
+    from hvdspark.estimators.keras import codec
+
+    from hvdspark.store import Store
+
+    serialize, publish = codec.model_to_bytes, Store.publish_bytes
+
+    def note(what: str) -> None:
+        with path.open("a") as file:
+            file.write(f"{what}\n")
+
+    def model_to_bytes(model: keras.Model) -> bytes:
+        note("serialized")
+        if count(path, "serialized") == fatal:
+            os.kill(os.getpid(), 9)
+        return serialize(model)
+
+    def publish_bytes(store: Store, data: bytes, *parts: str) -> None:
+        publish(store, data, *parts)
+        note(parts[-1].removeprefix("runs/run/"))
+
+    codec.model_to_bytes, Store.publish_bytes = model_to_bytes, publish_bytes  # type: ignore[method-assign]
+
+
+def models_and_states(path: Path) -> list[str]:
+    lines = path.read_text().splitlines()
+    return [line for line in lines if line == "serialized" or line.endswith((".keras", "manifest.json"))]
+
+
+STATES = [f"checkpoints/state-{step:012d}/manifest.json" for step in (4, 8)]
+
+
+@pytest.mark.parametrize(
+    ("best_of", "callbacks", "expected"),
+    [
+        (None, [], ["serialized", "checkpoints/last.keras", STATES[0], "serialized", "model.keras"]),
+        (
+            BestOf("loss"),
+            [],
+            [
+                *("serialized", "checkpoints/last.keras", "checkpoints/best.keras", STATES[0]),
+                *("serialized", "checkpoints/best.keras", "checkpoints/last.keras", "model.keras"),
+            ],
+        ),
+        (
+            None,
+            # What it does at the end may fail, or take long.
+            [keras.callbacks.EarlyStopping(monitor="loss", restore_best_weights=True)],
+            ["serialized", "checkpoints/last.keras", *STATES, "serialized", "model.keras"],
+        ),
+    ],
+    ids=["last", "best", "callback"],
+)
+def test_a_model_is_written_no_more_often_than_it_changes(
+    write_dataset: Callable[..., Any],
+    tmp_path: Path,
+    best_of: BestOf | None,
+    callbacks: list[Any],
+    expected: list[str],
+) -> None:
+    plan = fit_plan(write_dataset, rows(128), epochs=2)
+    spec = keras_spec(network(), *callbacks, best_of=best_of)
+    result, codes, errors = run_ranks(tmp_path, plan, spec, partial(note_models, tmp_path / "models"))
+    assert codes == [0], errors
+    assert result is not None
+    assert result.history["loss"][1] < result.history["loss"][0]
+    assert models_and_states(tmp_path / "models") == expected
+    store = Store.from_ref(plan.store)
+    assert store.list("runs/run/checkpoints") == ([] if best_of is None else ["best.keras", "last.keras"])
+    codec.require_whole(store.read_bytes(result.model_path), "it")
+
+
+def test_a_rank_that_is_killed_while_it_publishes_goes_on_from_the_epoch_before(
+    write_dataset: Callable[..., Any], tmp_path: Path
+) -> None:
+    data = rows(128)
+    undisturbed, _, errors = run_ranks(tmp_path, fit_plan(write_dataset, data), keras_spec(network()))
+    assert undisturbed is not None, errors
+    plan = fit_plan(write_dataset, data)
+    killed = run_ranks(tmp_path, plan, keras_spec(network()), partial(note_models, tmp_path / "models", 2))
+    assert killed[:2] == (None, [-9])
+    result, codes, errors = run_ranks(tmp_path, plan, keras_spec(network()), partial(note_models, tmp_path / "again"))
+    assert codes == [0], errors
+    assert result is not None
+    assert models_and_states(tmp_path / "again") == ["serialized", "model.keras"]
+    assert result.history["loss"] == pytest.approx(undisturbed.history["loss"], rel=1e-5)
+
+
+def test_a_model_that_cannot_be_published_is_kept_as_a_state(write_dataset: Callable[..., Any], tmp_path: Path) -> None:
+    plan = fit_plan(write_dataset, rows(256), size=2)
+    store = Store.from_ref(plan.store)
+    store.make_folder("runs/run/model.keras")
+    _, codes, errors = run_ranks(tmp_path, plan, keras_spec(network()))
+    assert codes != [0, 0]
+    assert "StoreError: cannot write" in errors
+    assert "goes on from the last checkpoint" in errors
+    assert [name for name in store.list("runs/run/checkpoints") if name.startswith("state-")] == [
+        "state-000000000004",
+        "state-000000000008",
+    ]
+    store.delete("runs/run/model.keras")
+    result, codes, errors = run_ranks(tmp_path, plan, keras_spec(network()), partial(note_moves, tmp_path / "moves"))
+    assert codes == [0, 0], errors
+    assert result is not None
+    assert len(result.history["loss"]) == 2
+    assert count(tmp_path / "moves", "computing") == 0
