@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,6 +47,14 @@ def watch_validation_steps(callbacks: Sequence[Any]) -> bool:
 def act_at_end(callbacks: Sequence[Any]) -> bool:
     """Whether any of them does something when the training ends, such as giving the model other weights."""
     return any(_function(each.on_train_end) is not keras.callbacks.Callback.on_train_end for each in callbacks)
+
+
+def is_set_up_anew(callback: Any, name: str) -> bool:
+    """Whether an attribute is as the program has it, and never as a checkpoint does: where a callback writes, say."""
+    if name == "min_delta":
+        # Keras turns its sign when it chooses monitor_op, a function, which no checkpoint can hold.
+        return vars(callback).get("monitor_op", callback) is None
+    return _is_writer(callback) and isinstance(vars(callback).get(name), str | os.PathLike)
 
 
 def callback_list(callbacks: Sequence[Any], model: Any, epochs: int, steps: int) -> Any:

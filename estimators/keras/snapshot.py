@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from hvdspark.estimators.keras.callbacks import is_set_up_anew
 
 from hvdspark.errors import CorruptDatasetError
 from hvdspark.worker.state import Arrays, pack, to_bits, unpack
@@ -28,7 +31,7 @@ class Snapshot:
     model
         A compiled Keras model; it, its optimizer and its metrics are built when a state is taken or given back.
     callbacks
-        The callbacks of this rank.
+        The callbacks of this rank, as they begin to train: what they have changed since then is remembered.
     others
         More variables that differ between ranks, such as sums of gradients.
     """
@@ -36,6 +39,7 @@ class Snapshot:
     def __init__(self, model: Any, callbacks: Sequence[Any], others: Sequence[Any] = ()) -> None:
         self._model = model
         self._callbacks = callbacks
+        self._begun = [_attributes(callback) for callback in callbacks]
         self._others = others
 
     @property
@@ -56,7 +60,9 @@ class Snapshot:
         notes: dict[str, Any] = {
             "python": pack(random.getstate(), arrays, "random"),
             "numpy": pack(np.random.get_state(legacy=False), arrays, "random"),
-            "callbacks": [_notes(callback, arrays) for callback in self._callbacks],
+            "callbacks": [
+                _notes(callback, begun, arrays) for callback, begun in zip(self._callbacks, self._begun, strict=True)
+            ],
         }
         arrays[_NOTES] = np.frombuffer(json.dumps(notes).encode(), np.uint8)
         return arrays
@@ -85,18 +91,61 @@ class Snapshot:
         for callback in self._callbacks:
             values = kept.get(type(callback).__name__)
             for name, packed in (values.pop(0) if values else {}).items():
-                setattr(callback, name, unpack(packed, own))
+                # What the Store holds may come from anybody: it must not say where a callback writes.
+                if name not in _NOT_KEPT and not is_set_up_anew(callback, name):
+                    vars(callback)[name] = unpack(packed, own)
 
 
-def _notes(callback: Any, arrays: dict[str, np.ndarray[Any, Any]]) -> Mapping[str, Any]:
-    values = {}
+@dataclass(frozen=True)
+class _Value:
+    """What an attribute was, without keeping its arrays."""
+
+    text: str
+    arrays: tuple[bytes, ...]
+
+    @classmethod
+    def of(cls, value: Any) -> _Value:
+        """Take a value; raises ``TypeError`` where it cannot be kept."""
+        text, arrays = _packed(value)
+        return cls(text, tuple(map(_digest, arrays)))
+
+    def is_still(self, value: Any) -> bool:
+        """Whether a value is this one."""
+        text, arrays = _packed(value)
+        return text == self.text and tuple(map(_digest, arrays)) == self.arrays
+
+
+def _packed(value: Any) -> tuple[str, list[np.ndarray[Any, Any]]]:
+    arrays: dict[str, np.ndarray[Any, Any]] = {}
+    return json.dumps(pack(value, arrays, "")), list(arrays.values())
+
+
+def _digest(array: np.ndarray[Any, Any]) -> bytes:
+    found = hashlib.blake2b(f"{array.dtype} {array.shape}".encode(), digest_size=16)
+    found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return found.digest()
+
+
+def _attributes(callback: Any) -> dict[str, _Value]:
+    """Return the attributes of a callback that can be kept."""
+    found = {}
     for name, value in vars(callback).items():
-        if name in _NOT_KEPT:
-            continue
         try:
-            values[name] = pack(value, arrays, type(callback).__name__)
+            found[name] = _Value.of(value)
         except TypeError as exc:
             # Functions, files and the like: the callback makes them itself.
+            logger.debug("%s.%s: %s", type(callback).__name__, name, exc)
+    return found
+
+
+def _notes(callback: Any, begun: Mapping[str, _Value], arrays: dict[str, np.ndarray[Any, Any]]) -> Mapping[str, Any]:
+    """Return what a callback has changed since the training began; how it was set up is for the user to say."""
+    values = {}
+    for name, value in vars(callback).items():
+        try:
+            if name not in _NOT_KEPT and not (name in begun and begun[name].is_still(value)):
+                values[name] = pack(value, arrays, type(callback).__name__)
+        except TypeError as exc:
             logger.debug("%s.%s: %s", type(callback).__name__, name, exc)
     return {"class": type(callback).__name__, "values": values}
 

@@ -251,10 +251,10 @@ class _Training:
         # Together, as states are kept: whether the model is published as the last epoch leaves it.
         changes = act_at_end(kept) or changes_at_end(self._model.optimizer)
         self._ends_plainly = not session.any(changes, "hvdspark_changes_at_end")
-        snapshot = Snapshot(self._model, kept, [*self._reducer.variables, *self._guard.variables])
-        self._states = States(plan, self._spec, session, snapshot, self._rate, self._checkpoints)
         self._model.stop_training = False
         callbacks.on_train_begin()
+        snapshot = Snapshot(self._model, kept, [*self._reducer.variables, *self._guard.variables])
+        self._states = States(plan, self._spec, session, snapshot, self._rate, self._checkpoints)
         if self._states.exist:
             build_metrics(self._model, self._batches, self._pack)
         place = self._states.resume()

@@ -165,6 +165,99 @@ def training(units: int = 4, dtype: str = "float32") -> tuple[keras.Model, list[
     return model, callbacks
 
 
+def begin(model: keras.Model, callbacks: list[Any]) -> Snapshot:
+    for callback in callbacks:
+        callback.set_model(model)
+        callback.on_train_begin()
+    return Snapshot(model, callbacks)
+
+
+def after(state: dict[str, Any], *callbacks: Any) -> list[Any]:
+    """Begin a training with callbacks, and give them back what there is in a state of their own."""
+    model, _ = training()
+    begin(model, list(callbacks)).restore_callbacks(state)
+    return list(callbacks)
+
+
+def state_of(callbacks: list[Any], losses: list[float]) -> dict[str, Any]:
+    """Return the state after some epochs of these losses."""
+    model, _ = training()
+    snapshot = begin(model, callbacks)
+    for epoch, loss in enumerate(losses):
+        for callback in callbacks:
+            callback.on_epoch_end(epoch, {"loss": loss})
+    return snapshot.own()
+
+
+class Counter(keras.callbacks.Callback):  # type: ignore[misc]
+    """Counts epochs from a number that it is given."""
+
+    def __init__(self, count: int = 0, step: int = 1) -> None:
+        super().__init__()
+        self.count, self.step = count, step
+        self.table = np.zeros(1000)
+        self.seen = np.zeros(2)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.count += self.step
+        self.seen[0] += 1
+        self.last = logs
+
+
+def test_what_a_callback_was_given_is_as_the_program_has_it_now() -> None:
+    stopping = {"monitor": "loss", "mode": "min", "min_delta": 0.5}
+    state = state_of([keras.callbacks.EarlyStopping(patience=3, **stopping), Counter(10)], [4.0, 3.8, 3.7])
+    early, counter = after(state, keras.callbacks.EarlyStopping(patience=7, **stopping), Counter(10, step=5))
+    assert (early.patience, early.wait, early.best) == (7, 2, 4.0)
+    assert (counter.count, counter.step, counter.last) == (13, 5, {"loss": 3.7})
+    assert counter.seen.tolist() == [3, 0]
+    # Less by more than min_delta, and less by less.
+    for loss, wait in ((3.3, 0), (3.2, 1)):
+        early.on_epoch_end(4, {"loss": loss})
+        assert early.wait == wait
+
+
+def test_what_a_callback_has_not_changed_takes_no_room() -> None:
+    kept = [array.size for name, array in state_of([Counter()], [1.0]).items() if name.startswith("Counter")]
+    assert kept == [2]
+
+
+def test_a_state_cannot_say_where_callbacks_write(tmp_path: Path) -> None:
+    def callbacks(folder: str) -> list[Any]:
+        return [
+            keras.callbacks.ModelCheckpoint(f"{folder}/best.keras", monitor="loss", mode="min", save_best_only=True),
+            keras.callbacks.CSVLogger(f"{folder}/log.csv"),
+            keras.callbacks.TensorBoard(folder, write_graph=False),
+        ]
+
+    mine = str(tmp_path)
+    planted = {
+        "filepath": "/theirs/best.keras",
+        "filename": "/theirs/log.csv",
+        "_train_dir": "/theirs",
+        "log_dir": "/theirs",
+        "__class__": "str",
+        "__dict__": {"dict": {"filepath": "/theirs/best.keras"}},
+        "_model": None,
+        "best": 0.5,
+    }
+    before = callbacks(mine)
+    state = state_of(before, [1.0])
+    notes = json.loads(state["notes"].tobytes())
+    for values in notes["callbacks"]:
+        values["values"] = planted
+    state["notes"] = np.frombuffer(json.dumps(notes).encode(), np.uint8)
+    found = after(state, *callbacks(mine))
+    for callback in found:
+        assert callback.model is not None
+        assert callback.best == 0.5
+    assert found[0].filepath == f"{mine}/best.keras"
+    assert found[1].filename == f"{mine}/log.csv"
+    assert (found[2].log_dir, found[2]._train_dir) == (mine, f"{mine}/train")
+    for callback in (*before, *found):
+        callback.on_train_end()  # closes its files
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_training_goes_on_as_if_nothing_had_happened(dtype: str) -> None:
     random_rows = np.random.default_rng(0)
@@ -180,20 +273,14 @@ def test_a_training_goes_on_as_if_nothing_had_happened(dtype: str) -> None:
         return [*found, random.random(), float(np.random.random())]
 
     model, callbacks = training(dtype=dtype)
-    for callback in callbacks:
-        callback.set_model(model)
-        callback.on_train_begin()
+    snapshot = begin(model, callbacks)
     epochs(model, callbacks, 2)
-    snapshot = Snapshot(model, callbacks)
     shared, own = snapshot.shared(), snapshot.own()
     expected = epochs(model, callbacks, 2)
 
     other, fresh = training(dtype=dtype)
     other.fit(x, y, verbose=0)  # builds what is to be given back
-    for callback in fresh:
-        callback.set_model(other)
-        callback.on_train_begin()
-    again = Snapshot(other, fresh)
+    again = begin(other, fresh)
     again.restore(shared, own)
     again.restore_callbacks(own)
     assert fresh[0].best_weights is not None
