@@ -1,4 +1,4 @@
-"""A Spark program that fits twice and notes when the first step of each fit began."""
+"""A Spark program that fits twice and notes when the first step of each fit had been taken."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from benchmarks.session import CLUSTER, spark_session
 
 
 class FirstStep(keras.callbacks.Callback):  # type: ignore[misc]
-    """Notes in a file of each rank when its first step begins."""
+    """Notes in a file of each rank when its first step has been taken."""
 
     def __init__(self, folder: str) -> None:
         super().__init__()
         self._folder = folder
+        self._is_noted = False
 
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002 - Keras calls it so
-        """Note the time of the first epoch's begin."""
-        if epoch == 0:
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002 - Keras calls it so
+        """Note the time after the first step."""
+        if not self._is_noted:
             Path(self._folder, str(os.getpid())).write_text(str(time.time()))
+            self._is_noted = True
 
 
 def main() -> None:
