@@ -94,7 +94,8 @@ class Batches:
         self._plan = plan
         self._shards = shards
         self._rank = rank
-        self._needed = tuple(spec for spec in plan.columns if spec.name in plan.batch.columns)
+        names = set(plan.batch.columns)
+        self._needed = tuple(spec for spec in plan.columns if spec.name in names)
         self._specs = {spec.name: spec for spec in self._needed}
         self._store = Store.from_ref(plan.data or plan.store)
         self._stacks, self._stored = _as_stored(plan.batch, self._specs)
