@@ -122,7 +122,7 @@ def _packed(value: Any) -> tuple[str, list[np.ndarray[Any, Any]]]:
 
 def _digest(array: np.ndarray[Any, Any]) -> bytes:
     found = hashlib.blake2b(f"{array.dtype} {array.shape}".encode(), digest_size=16)
-    found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return found.digest()
 
 

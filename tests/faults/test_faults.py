@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 import pytest
 from faulty_fits import EPOCHS, Fault, Trained, assert_same, die, estimator, kill_parent, outcome
 from pyspark.sql import DataFrame
@@ -41,6 +42,18 @@ def test_within_an_epoch_it_goes_on_from_the_step_that_was_kept(
     logs = Path(store.path("runs/steps/logs/attempt-2/rank-0.log")).read_text()
     # Steps are counted over all epochs, and an epoch has nine: this is step 15.
     assert "going on from the checkpoint at epoch 2, step 6" in logs
+
+
+def test_one_rank_on_one_thread_goes_on_to_the_very_same_model(df: DataFrame, store: Store, tmp_path: Path) -> None:
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"), "1")
+    alone: dict[str, Any] = {"num_proc": 1, "backend_env": threads, "checkpoint_steps": 7}
+    expected = outcome(estimator(store, **alone).fit(df))
+    found = outcome(estimator(store, Fault(tmp_path / "mark", 0, 2, 12, die), run_id="exact", **alone).fit(df))
+    log = Path(store.path("runs/exact/logs/attempt-2/rank-0.log")).read_text()
+    assert "going on from the checkpoint at epoch 3, step 6" in log
+    assert found[0] == expected[0]
+    for mine, theirs in zip(found[1], expected[1], strict=True):
+        np.testing.assert_array_equal(mine, theirs)
 
 
 @pytest.mark.parametrize("lost", ["pyspark.daemon", "CoarseGrainedExecutorBackend"])

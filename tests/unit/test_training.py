@@ -13,7 +13,6 @@ from typing import Any
 
 import cloudpickle
 import keras
-import numpy as np
 import pytest
 import tensorflow as tf
 from hvdspark.estimators import BestOf
