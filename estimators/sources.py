@@ -13,13 +13,14 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from py4j.protocol import Py4JJavaError
+from pyspark.errors import AnalysisException
 
 from hvdspark.data import schema
 from hvdspark.data.columns import spark_schema
 from hvdspark.data.feed import FedStage, fed_stage
 from hvdspark.data.fingerprint import files_fingerprint, fingerprint
 from hvdspark.data.materialize import MANIFEST, dataset_key, load_manifest, materialize, require_files
-from hvdspark.data.parquet import Survey, open_parquet, survey
+from hvdspark.data.parquet import Survey, columns_unknown_to_spark, open_parquet, survey
 from hvdspark.data.partitions import TRAIN, VAL
 from hvdspark.data.planning import FitDraft
 from hvdspark.errors import CorruptDatasetError, ParamError, SchemaError, StoreError
@@ -235,10 +236,13 @@ def _schema_of(session: SparkSession, path: str) -> StructType:
     CorruptDatasetError
         When a file is damaged.
     SchemaError
-        When a file wants a Python class of its own for a column: PySpark would import it, or unpickle it.
+        When a column has a type that Spark does not read, or a file wants a Python class of its own for one: PySpark
+        would import it, or unpickle it.
     """
     try:
         frame = session.read.parquet(path)
+    except AnalysisException as exc:
+        raise _unreadable(path, exc) from exc
     except Py4JJavaError as exc:
         raise CorruptDatasetError(f"Spark cannot read {path}: {_root_cause(exc)}") from exc
     for column, named in _classes_in(frame):
@@ -251,6 +255,22 @@ def _schema_of(session: SparkSession, path: str) -> StructType:
                 found=named,
             )
     return frame.schema
+
+
+def _unreadable(path: str, exc: AnalysisException) -> Exception:
+    """Name the column for which Spark has no type, where that is what it says."""
+    unknown = columns_unknown_to_spark(path) if "Illegal Parquet type" in str(exc) else {}
+    for column, found in unknown.items():
+        return SchemaError(
+            f"column '{column}' of {path} has the type {found}, which Spark does not read, and so none of the file."
+            " Write it anew with timestamps in microseconds (pandas: to_parquet(…, coerce_timestamps='us',"
+            " allow_truncated_timestamps=True)), floats of 32 or 64 bits, and times of day as numbers, or without the"
+            " column.",
+            column=column,
+            expected="a type that Spark reads",
+            found=found,
+        )
+    return exc
 
 
 def _classes_in(frame: DataFrame) -> Iterator[tuple[str, str]]:

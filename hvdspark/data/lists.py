@@ -13,10 +13,14 @@ from hvdspark.plan import ColumnSpec
 def count_nulls(column: pa.Array) -> int:
     """Count the rows that are null and the null elements inside lists."""
     nulls = int(column.null_count)
-    while pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+    while _is_list(column.type):
         column = column.flatten()
         nulls += int(column.null_count)
     return nulls
+
+
+def _is_list(found: pa.DataType) -> bool:
+    return bool(pa.types.is_list(found) or pa.types.is_large_list(found))
 
 
 def has_nulls(name: str, count: int) -> NullValueError:
@@ -24,7 +28,7 @@ def has_nulls(name: str, count: int) -> NullValueError:
     return NullValueError(f"column '{name}' has {count} nulls", column=name, count=count)
 
 
-def from_lists(column: pa.ListArray, spec: ColumnSpec) -> Block:
+def from_lists(column: pa.ListArray | pa.LargeListArray, spec: ColumnSpec) -> Block:
     """Turn lists into an array with an axis per level; no row may be null.
 
     Raises
@@ -39,7 +43,7 @@ def from_lists(column: pa.ListArray, spec: ColumnSpec) -> Block:
     rows = len(column)
     shape: list[int] = []
     stated = spec.row_shape or ()
-    while pa.types.is_list(column.type):
+    while _is_list(column.type):
         if column.null_count:
             raise has_nulls(spec.name, column.null_count)
         expected = stated[len(shape)] if len(shape) < len(stated) else None
@@ -48,7 +52,7 @@ def from_lists(column: pa.ListArray, spec: ColumnSpec) -> Block:
     return primitive(_without_nulls(column, spec)).reshape(rows, *shape)
 
 
-def _padded(column: pa.ListArray, spec: ColumnSpec) -> Block:
+def _padded(column: pa.ListArray | pa.LargeListArray, spec: ColumnSpec) -> Block:
     """Fill rows up at their ends."""
     assert spec.size is not None, "the length of padded rows is known before they are read"
     lengths = np.diff(offsets_of(column))
@@ -80,7 +84,7 @@ def primitive(column: pa.Array) -> Block:
     return np.asarray(column.to_numpy(zero_copy_only=not pa.types.is_boolean(column.type)))
 
 
-def offsets_of(column: pa.ListArray) -> Block:
+def offsets_of(column: pa.ListArray | pa.LargeListArray) -> Block:
     """Return where the elements of each list begin, and where the last one's end."""
     return np.asarray(column.offsets.to_numpy())
 

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from hvdspark.data.arrays import require_fed
+from hvdspark.data.foreign import unknown_to_spark
 from hvdspark.data.materialize import refuse_nulls
 from hvdspark.data.partitions import Layout
 from hvdspark.data.summary import Summary, summarize_footers
@@ -45,6 +46,16 @@ def open_parquet(url: str) -> tuple[Store, str | None]:
     if not store.filesystem.isdir(store.path()):
         raise StoreError(f"there is no Parquet file or folder at {url}", url=url)
     return store, None
+
+
+def columns_unknown_to_spark(url: str) -> dict[str, str]:
+    """Name columns of Parquet files that Spark has no type for, and the types that Arrow has for them."""
+    store, file = open_parquet(url)
+    for path in [file] if file is not None else _files(store):
+        found = unknown_to_spark(_footer(store, path))
+        if found:
+            return found
+    return {}
 
 
 @dataclass(frozen=True)

@@ -139,8 +139,7 @@ def read_group(
         blocks = {spec.name: from_parquet(found[spec.name], spec, verify=verify) for spec in columns}
     except (OSError, ValueError, IndexError, KeyError) as exc:
         raise CorruptDatasetError(
-            f"row group {group.index} of {store.url_of(place)} cannot be read: {exc}. The dataset was"
-            " changed after it was written; run fit() again to write it anew."
+            f"row group {group.index} of {store.url_of(place)} cannot be read: {exc}. {_remedy(columns)}"
         ) from exc
     rows = len(found[columns[0].name])
     if rows != group.rows:
@@ -151,3 +150,12 @@ def read_group(
     if read.rows == group.rows:
         return blocks
     return {name: concatenate([block[start:stop] for start, stop in read.pieces]) for name, block in blocks.items()}
+
+
+def _remedy(columns: Sequence[ColumnSpec]) -> str:
+    if all(column.packed for column in columns):
+        return "The dataset was changed after it was written; run fit() again to write it anew."
+    return (
+        "The file is damaged, was changed meanwhile, or holds other columns than the first one; write it anew, or read"
+        " the files with Spark and fit() the DataFrame."
+    )

@@ -10,6 +10,7 @@ import pyarrow as pa
 from hvdspark.data.arrays import require_fed, to_block
 from hvdspark.data.blocks import AnyBlock
 from hvdspark.data.cells import CellBlock, TextBlock
+from hvdspark.data.foreign import as_spark_has
 from hvdspark.data.images import ImageBlock
 from hvdspark.data.npy import pack, unpack
 from hvdspark.data.sparse import SparseBlock
@@ -25,13 +26,16 @@ def to_parquet(block: AnyBlock) -> pa.Array:
 
 
 def from_parquet(column: pa.Array, spec: ColumnSpec, *, verify: bool = True) -> AnyBlock:
-    """Read what :func:`to_parquet` made, or Spark; raises ``ValueError`` when it is not what the spec says.
+    """Read what :func:`to_parquet` made, or another program; raises ``ValueError`` when it is not what the spec says.
 
     Without ``verify``, cells of fixed width are taken for what the first one is, and values for ones that the model
     takes.
     """
     if not spec.packed:
-        return to_block(column, spec)
+        try:
+            return to_block(as_spark_has(column), spec)
+        except pa.ArrowException as exc:
+            raise ValueError(f"column '{spec.name}', which is stored as {column.type}: {exc}") from exc
     try:
         block = _read(column, spec, verify=verify)
     except ValueError as exc:

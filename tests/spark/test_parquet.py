@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hvdspark.estimators.sources import ParquetSource
 from pyspark.ml.linalg import Vectors
@@ -14,6 +16,7 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from hvdspark import Store
+from hvdspark.data.cells import TextBlock
 from hvdspark.data.columns import column_spec, spark_schema
 from hvdspark.data.materialize import materialize
 from hvdspark.data.parquet import survey
@@ -202,3 +205,60 @@ def test_rows_are_never_held_out_of_files(spark: SparkSession, tmp_path: Path, s
         ParquetSource(spark, store.url_of(folder), path).check(None)
     with pytest.raises(SchemaError, match="'idd' does not exist"):
         column_spec(ParquetSource(spark, store.url_of(folder), None).schema, "idd")
+
+
+def test_arrays_texts_and_numbers_in_the_types_of_other_programs_are_read_as_spark_sees_them(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    rows = [[1, 2], [3, 4]]
+    columns: dict[str, tuple[pa.Array, Any]] = {
+        "wide_list": (pa.array(rows, pa.large_list(pa.float32())), rows),
+        "fixed_list": (pa.array(rows, pa.list_(pa.int64(), 2)), rows),
+        "view": (pa.array(rows, pa.list_view(pa.float64())), rows),
+        "nested": (pa.array([rows, rows], pa.large_list(pa.list_(pa.int16(), 2))), [rows, rows]),
+        "unsigned_list": (pa.array(rows, pa.large_list(pa.uint8())), rows),
+        "u8": (pa.array([1, 255], pa.uint8()), [[1], [255]]),
+        "u16": (pa.array([1, 65535], pa.uint16()), [[1], [65535]]),
+        "u32": (pa.array([1, 2**32 - 1], pa.uint32()), [[1], [2**32 - 1]]),
+        "shares": (pa.array([1.5, -2.5]).dictionary_encode(), [[1.5], [-2.5]]),
+        "span": (pa.array([5, 7], pa.duration("ns")), [[5], [7]]),
+        "seconds": (pa.array([1, 2], pa.timestamp("s", "Europe/Berlin")), [[10**6], [2 * 10**6]]),
+        "day": (pa.array([86_400_000, 0], pa.date64()), [[1], [0]]),
+        "cells": (pa.array([b"ab", b"cd"], pa.binary(2)), [[97, 98], [99, 100]]),
+        "text": (pa.array(["a", "ö"], pa.string_view()), ["a", "ö"]),
+        "category": (pa.array(["a", "ö"]).dictionary_encode(), ["a", "ö"]),
+    }
+    pq.write_table(pa.table({name: column for name, (column, _) in columns.items()}), tmp_path / "a.parquet")
+    source = ParquetSource(spark, str(tmp_path), None)
+    found = survey(str(tmp_path), [column_spec(source.schema, name) for name in columns])
+    reads = reads_of(plan_shards(found.groups, 1, 10, keep_order=True), 0)
+    with ShardReader(found.store, "", found.columns, reads) as reader:
+        (blocks,) = reader
+    for name, (_, expected) in columns.items():
+        block = blocks[name]
+        values = [cell.as_py().decode() for cell in block.cells] if isinstance(block, TextBlock) else block.tolist()
+        assert values == expected, name
+
+
+@pytest.mark.parametrize(
+    ("column", "named"),
+    [
+        (pa.array([1, 2], pa.timestamp("ns")), "timestamp\\[ns\\]"),
+        (pa.array(np.zeros(2, "float16")), "halffloat"),
+        (pa.array([[1], [2]], pa.list_(pa.float16())), "list<element: halffloat>"),
+        (pa.array([1, 2], pa.time64("us")), "time64\\[us\\]"),
+    ],
+    ids=["nanoseconds", "half", "half in lists", "time of day"],
+)
+def test_a_type_that_spark_does_not_read_is_refused_with_its_column_and_what_to_do(
+    spark: SparkSession, tmp_path: Path, column: pa.Array, named: str
+) -> None:
+    pq.write_table(pa.table({"id": [1, 2], "c": column}), tmp_path / "a.parquet")
+    with pytest.raises(SchemaError, match=rf"column 'c' of {tmp_path} has the type {named}, which Spark.*microseconds"):
+        ParquetSource(spark, str(tmp_path), None)
+
+
+def test_numbers_that_spark_takes_for_decimals_are_refused_with_what_to_do(spark: SparkSession, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"c": pa.array([1], pa.uint64())}), tmp_path / "a.parquet")
+    with pytest.raises(SchemaError, match=r"column 'c' has type decimal\(20,0\).*cast it to double"):
+        column_spec(ParquetSource(spark, str(tmp_path), None).schema, "c")
