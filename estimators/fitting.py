@@ -197,8 +197,7 @@ class Fit:
     def _recalled(self, store: Store, path: str, stack: ExitStack) -> TrainResult:
         """Return what the ranks of a run came to, whose driver did not live to take it; close its record."""
         estimator = self._estimator
-        if self._job is None:
-            self._refuse_other_params(store)
+        self._refuse_other_params(store)
         logger.info("%s is trained to its end already, and is not trained again", self._run_id)
         if self._job is None:
             self._recording = stack.enter_context(recorded(store, self._run_id, goes_on=True))

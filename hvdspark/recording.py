@@ -120,6 +120,23 @@ def recorded(store: Store, run_id: str, *, goes_on: bool = False, **known: Any) 
     recording.end("finished")
 
 
+def record_stillborn(store: Store, run_id: str, state: State, started: float, cause: str | None, kind: str) -> None:
+    """Record a run that ended before it began; there must be no record of it.
+
+    Parameters
+    ----------
+    store, run_id
+        Which one.
+    state
+        ``"failed"`` or ``"interrupted"``.
+    started
+        When its driver was, in seconds since the epoch.
+    cause, kind
+        As in the record.
+    """
+    _write(store, RunRecord(run_id, state, started, time.time(), cause, kind))
+
+
 def publish_launch(store: Store, folder: str, ranks: Sequence[RankContext], rows: Mapping[str, int]) -> None:
     """Leave beside the logs what only the tasks of the stage know, once they have met.
 

@@ -212,11 +212,13 @@ def require_run(store: Store, run_id: str) -> RunRecord:
     """Return the record of a run; raises :class:`ParamError` where there is none, naming the closest."""
     record = read_record(store, run_id)
     if record is None:
-        raise ParamError(
-            f"there is no run '{run_id}' in {store}.{closest(run_id, run_names(store))} 'hvdspark runs list' shows"
-            " those there are",
-            param="run_id",
-        )
+        names = run_names(store)
+        if run_id in names:
+            url = store.url_of(run_folder(run_id))
+            found = f"the run '{run_id}' has no record: {url} has no {RECORD}, or is being removed."
+        else:
+            found = f"there is no run '{run_id}' in {store}.{closest(run_id, names)}"
+        raise ParamError(f"{found} 'hvdspark runs list' shows those there are", param="run_id")
     return record
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 from hvdspark.estimators.fitting import new_run_id
 from hvdspark.estimators.job.building import Building
@@ -43,9 +44,9 @@ from hvdspark.errors import (
 )
 from hvdspark.lease import held, is_held
 from hvdspark.plan import ModelTensor
-from hvdspark.recording import Recording, recorded
+from hvdspark.recording import Recording, record_stillborn, recorded
 from hvdspark.retention import discard
-from hvdspark.runs import JOB, PIPELINE, PREPARATION, RESULT, in_progress, is_removed, run_folder
+from hvdspark.runs import JOB, PIPELINE, PREPARATION, RESULT, in_progress, is_removed, read_record, run_folder
 from hvdspark.store import Store
 from hvdspark.warmstart import ALIAS
 
@@ -124,11 +125,18 @@ class TrainJob:
         try:
             with self._alone():
                 if self.finished() is None:
+                    if read_record(self._store, self.run_id) is None:
+                        self._record_stillborn(failure)
                     failure.publish(self._store)
         except RunInProgressError:
             logger.warning("another driver is at %s, whose result it will leave", self.run_id)
         except (StoreError, OSError) as exc:
             logger.warning("cannot leave the result of %s in the Store: %s", self.run_id, exc)
+
+    def _record_stillborn(self, failure: JobResult) -> None:
+        """Let people find a run that ended before it began."""
+        state: Literal["interrupted", "failed"] = "failed" if failure.state == "failed" else "interrupted"
+        record_stillborn(self._store, self.run_id, state, self._started, failure.cause, KerasEstimator._kind)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

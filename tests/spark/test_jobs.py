@@ -22,7 +22,7 @@ from pyspark.ml import PipelineModel
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from hvdspark import Store, cli
+from hvdspark import Store, cli, gc_runs, list_runs
 from hvdspark.aliases import AliasEntry, promote, read_alias, rollback
 from hvdspark.errors import DataError, EmptyDatasetError, ParamError, SchemaError
 from hvdspark.history import EpochRecord, RankTimes, write_history
@@ -387,6 +387,11 @@ def test_what_is_wrong_before_the_training_is_told_with_its_exit_code(
     assert cause in result["cause"]
     if code != 78 or "cannot open" not in cause:
         assert train.store.read_json("runs", "wrong", "result.json") == result
+        [record] = list_runs(train.store)
+        assert (record.run_id, record.state, record.kind) == ("wrong", "failed", "keras")
+        assert cause in str(record.cause)
+        assert [verdict.removed for verdict in gc_runs(train.store, keep_last=0)] == [True]
+    assert train.store.list("runs") == []
 
 
 def test_scoring_goes_by_path_or_alias_and_says_what_is_wrong(

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from hvdspark import Store
-from hvdspark.errors import StageLostError, WorkerFailedError
+from hvdspark.errors import ParamError, StageLostError, WorkerFailedError
 from hvdspark.recording import recorded
-from hvdspark.runs import in_progress, log_folder, next_attempt, read_record
+from hvdspark.runs import in_progress, log_folder, next_attempt, read_record, require_run
 
 
 @pytest.fixture
@@ -54,6 +54,15 @@ def test_an_error_is_kept_with_the_run(store: Store, error: BaseException, state
     record = read_record(store, "a")
     assert record is not None
     assert (record.state, record.cause) == (state, cause)
+
+
+def test_a_folder_without_a_record_is_not_taken_for_a_run_with_a_similar_name(store: Store) -> None:
+    store.publish_bytes(b"{}", "runs/night/result.json")
+    with pytest.raises(ParamError, match=r"the run 'night' has no record: .*runs/night has no run\.json") as told:
+        require_run(store, "night")
+    assert "Did you mean" not in str(told.value)
+    with pytest.raises(ParamError, match=r"there is no run 'nigth' in .* Did you mean 'night'"):
+        require_run(store, "nigth")
 
 
 def test_the_logs_of_earlier_attempts_are_kept(store: Store) -> None:
