@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hvdspark.data.planning import FitDraft
+from hvdspark.history import TENSORBOARD, TIMELINE
 from hvdspark.metrics import best_place
-from hvdspark.plan import ColumnSpec, FitPlan
-from hvdspark.worker.checkpoint import BestOf
+from hvdspark.plan import ColumnSpec, FitPlan, TrainResult
+from hvdspark.runs import run_folder
+from hvdspark.store import Store
+from hvdspark.worker.checkpoint import BEST, CHECKPOINTS, BestOf
 
 if TYPE_CHECKING:
     from hvdspark.estimators.base import HorovodEstimator
@@ -61,6 +65,16 @@ def data_facts(source: Mapping[str, Any], draft: FitDraft, work: Work | None = N
         "val_rows": 0 if work.val is None else work.val.rows,
         "columns": [_column_facts(column) for column in work.columns],
     }
+
+
+def artefacts_of(store: Store, result: TrainResult, run_id: str) -> dict[str, str]:
+    """Return the paths in the Store of what a training has made, by kind."""
+    folder = run_folder(run_id)
+    found = {"model": result.model_path}
+    for name in store.list(folder, CHECKPOINTS):
+        if name.startswith(f"{BEST}."):
+            found["best_checkpoint"] = posixpath.join(folder, CHECKPOINTS, name)
+    return found | {name: posixpath.join(folder, name) for name in (TENSORBOARD, TIMELINE) if store.list(folder, name)}
 
 
 def kept_metrics(history: Mapping[str, Sequence[float]], best_of: BestOf | None) -> tuple[dict[str, float], int | None]:

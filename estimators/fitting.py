@@ -19,7 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
-from hvdspark.estimators.facts import OPERATIONAL, SCORING, data_facts, kept_metrics, params_of
+from hvdspark.estimators.facts import OPERATIONAL, SCORING, artefacts_of, data_facts, kept_metrics, params_of
 from hvdspark.estimators.outputs import planned_outputs
 from hvdspark.estimators.progress import shown
 from hvdspark.estimators.sources import RowSource, Work, WorkFor
@@ -116,7 +116,7 @@ class Fit:
             with self._timed("publish"):
                 model = estimator._make_model(store.read_bytes(result.model_path), result)
                 metrics, epoch = kept_metrics(result.history, estimator._best_of())
-                self._recording.note(artefacts={"model": result.model_path})
+                self._recording.note(artefacts=artefacts_of(store, result, self._run_id))
                 if metrics:
                     self._recording.note(metrics=metrics, epoch=epoch)
                 self._tracking.finish(result, model)

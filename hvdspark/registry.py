@@ -12,7 +12,7 @@ from typing import Any
 from hvdspark.aliases import runs_in_use
 from hvdspark.errors import ParamError, StoreError, closest
 from hvdspark.metrics import Mode, best_place, rises
-from hvdspark.runs import RunRecord, epochs_of, read_record, require_run, run_folder, run_names
+from hvdspark.runs import HELD_OUT, RunRecord, epochs_of, read_record, require_run, run_folder, run_names
 from hvdspark.store import Store
 
 # Records are small, and may be far away: what counts is to ask for many at once.
@@ -124,7 +124,7 @@ def compare_runs(store: Store, run_ids: Sequence[str]) -> Comparison:
         params=_differing({record.run_id: record.params for record in records}),
         versions=_differing({record.run_id: record.versions for record in records}),
         data=_differing({record.run_id: _data_of(record) for record in records}),
-        metrics=_side_by_side({record.run_id: record.metrics for record in records}),
+        metrics=_side_by_side({record.run_id: record.measured for record in records}),
     )
 
 
@@ -136,7 +136,7 @@ def best_run(store: Store, metric: str = "val_loss", mode: Mode = "auto") -> Run
     store
         Where the runs are.
     metric
-        Name in the history.
+        Name in the history, or ``held_out.`` and that of a metric of a job's evaluation: ``"held_out.val_loss"``.
     mode
         Whether less or more is better; ``"auto"`` goes by the name, see :class:`hvdspark.estimators.BestOf`.
 
@@ -152,16 +152,17 @@ def best_run(store: Store, metric: str = "val_loss", mode: Mode = "auto") -> Run
     finished = [record for record in reversed(list_runs(store)) if record.state == "finished"]
     if not finished:
         raise ParamError(f"no run in {store} has finished, so none is the best", param="metric")
-    known = dict.fromkeys(name for record in finished for name in record.metrics)
+    known = dict.fromkeys(name for record in finished for name in record.measured)
     if metric not in known:
         raise ParamError(
             f"no finished run has the metric '{metric}'.{closest(metric, known)} There are: {', '.join(known)}",
             param="metric",
         )
-    measured = [record for record in finished if math.isfinite(record.metrics.get(metric, math.nan))]
+    measured = [record for record in finished if math.isfinite(record.measured.get(metric, math.nan))]
     if not measured:
         raise ParamError(f"'{metric}' is NaN or infinite in all runs that have it; choose another", param="metric")
-    return measured[best_place([record.metrics[metric] for record in measured], rising=rises(metric, mode))]
+    values = [record.measured[metric] for record in measured]
+    return measured[best_place(values, rising=rises(metric.removeprefix(f"{HELD_OUT}."), mode))]
 
 
 def _record_if_there(store: Store, name: str) -> RunRecord | None:

@@ -29,6 +29,9 @@ PREPARATION, PIPELINE = "preparation", "pipeline"
 # What it came to, and the notes by which it goes on.
 RESULT, NOTES = "result.json", "job.json"
 
+# The field of a record, and what goes before the names of its metrics where those of the training are too.
+HELD_OUT = "held_out"
+
 # Says in the place of a record that the run is no longer one, and that what is left of it has to go.
 REMOVED = b'{"removed": true}'
 
@@ -113,7 +116,9 @@ class RunRecord:
     phases
         Seconds that each phase took when it was last gone through.
     artefacts
-        Paths in the Store of what the run made, by kind: ``"model"``.
+        What the run made, by kind, as far as it made it: paths in the Store of the ``"model"``, the
+        ``"best_checkpoint"``, and the folders ``"tensorboard"`` and ``"timeline"``; the address of the ``"pipeline"``
+        that a job saved.
     attempts
         All launches of the ranks, those before an interruption too.
     metrics
@@ -123,6 +128,12 @@ class RunRecord:
         The epoch, counted from 1, that ``metrics`` are of: the last one, unless the estimator keeps the best.
     mlflow_run_id
         The run in MLflow that it was logged to.
+    held_out
+        Metrics of the rows that a job held out of the training, by the names that ``promote_if`` knows; NaN where they
+        were not finite.
+    promoted, decision
+        Whether a job promoted the model, and the numbers by which it decided; ``None`` where there was nothing to
+        decide.
     """
 
     run_id: str
@@ -141,6 +152,14 @@ class RunRecord:
     metrics: Mapping[str, float] = field(default_factory=dict)
     epoch: int | None = None
     mlflow_run_id: str | None = None
+    held_out: Mapping[str, float] = field(default_factory=dict)
+    promoted: bool | None = None
+    decision: str | None = None
+
+    @property
+    def measured(self) -> dict[str, float]:
+        """All metrics, those of the held-out rows with ``held_out.`` before their names."""
+        return {**self.metrics, **{f"{HELD_OUT}.{name}": value for name, value in self.held_out.items()}}
 
     @property
     def began(self) -> float:
@@ -334,7 +353,8 @@ def stored_record(store: Store, run_id: str) -> RunRecord | None:
         values = json.loads(data)
         if not isinstance(values, dict):
             raise TypeError(f"it holds a {type(values).__name__}, no JSON object")
-        return _record_from({**values, "run_id": run_id, "metrics": numbers(values.get("metrics") or {})})
+        metrics = {name: numbers(values.get(name) or {}) for name in ("metrics", HELD_OUT)}
+        return _record_from({**values, "run_id": run_id, **metrics})
     except (ValueError, TypeError, AttributeError) as exc:
         reason = " ".join(str(exc).split())[:200]
         return RunRecord(run_id, "damaged", math.nan, cause=f"{RECORD} makes no sense: {reason}")

@@ -46,7 +46,18 @@ from hvdspark.lease import held, is_held
 from hvdspark.plan import ModelTensor
 from hvdspark.recording import Recording, record_stillborn, recorded
 from hvdspark.retention import discard
-from hvdspark.runs import JOB, PIPELINE, PREPARATION, RESULT, in_progress, is_removed, read_record, run_folder
+from hvdspark.runs import (
+    JOB,
+    PIPELINE,
+    PREPARATION,
+    RESULT,
+    in_progress,
+    is_removed,
+    numbers,
+    published_model,
+    read_record,
+    run_folder,
+)
 from hvdspark.store import Store
 from hvdspark.warmstart import ALIAS
 
@@ -183,11 +194,17 @@ class TrainJob:
         if notes.model is None:
             notes = self._train(session, building, notes)
         assert notes.model is not None
+        self._recording.note(artefacts={**self._recording.record.artefacts, "pipeline": notes.model})
         for comparison in range(_COMPARISONS):
             if notes.metrics is None:
-                notes = self._compare(session, building, notes)
+                with self._recording.timed("evaluate"):
+                    notes = self._compare(session, building, notes)
+            assert notes.metrics is not None
+            self._recording.note(held_out=numbers(notes.metrics), decision=notes.reason)
             try:
-                self._promote(notes)
+                with self._recording.timed("promote"):
+                    self._promote(notes)
+                self._recording.note(promoted=notes.promote)
                 break
             except AliasConflictError as exc:
                 if comparison + 1 == _COMPARISONS:
@@ -235,7 +252,11 @@ class TrainJob:
             require_rows(rows.train, "rows to train on")
             if rows.held_out is not None:
                 require_rows(rows.held_out, "held-out rows to evaluate the model on")
-        prepared, notes = self._prepare(session, building, rows, notes)
+        if published_model(self._store, self.run_id) is None:
+            # It is trained anew, or on, and that takes a time of its own.
+            self._recording.note(phases={})
+        with self._recording.timed("stages"):
+            prepared, notes = self._prepare(session, building, rows, notes)
         if estimator is None:
             estimator = building.estimator(self._store, self.run_id, notes.warm_start, prepared)
         self._check_gate(building, estimator, prepared, rows, champion)
@@ -243,7 +264,8 @@ class TrainJob:
         model = estimator._fit(prepared.transform(rows.train), self._recording)
         assert isinstance(model, KerasModel)
         address = self._output(session)
-        PipelineModel(stages=[*prepared.stages, model]).write().overwrite().save(address)
+        with self._recording.timed("save"):
+            PipelineModel(stages=[*prepared.stages, model]).write().overwrite().save(address)
         last = {name: values[-1] for name, values in model.getHistory().items() if values}
         return notes.with_(self._store, self.run_id, model=address, training=last)
 

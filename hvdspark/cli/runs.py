@@ -84,6 +84,7 @@ def show(url: str, as_json: bool, run_id: str) -> None:
         "state": record.state + (f": {record.cause}" if record.cause else ""),
         "started": f"{when(record.started)}, took {_took(record.started, record.ended)}",
         "attempts": attempts,
+        "promoted": _promoted(record),
         "aliases": list(details.aliases),
         "size": size(details.size_bytes),
         "hosts": [f"rank {place.rank}: {place.host}, local rank {place.local_rank}" for place in record.hosts],
@@ -94,6 +95,7 @@ def show(url: str, as_json: bool, run_id: str) -> None:
         for place, line in enumerate(filter(None, lines)):
             click.echo(f"{name if place == 0 else '':<9} {line}")
     _section("metrics" + (f" of epoch {record.epoch}" if record.epoch else ""), record.metrics)
+    _section("metrics of the held-out rows", record.held_out)
     _section("phases", {name: duration(seconds) for name, seconds in record.phases.items()})
     _section("artefacts", record.artefacts)
     columns = record.data.get("columns") or []
@@ -131,7 +133,9 @@ def compare(url: str, as_json: bool, run_ids: tuple[str, ...]) -> None:
 
 
 @runs.command()
-@click.option("--metric", default="val_loss", show_default=True)
+@click.option(
+    "--metric", default="val_loss", show_default=True, help="Of the training; held_out.val_loss of a job's evaluation."
+)
 @click.option("--mode", type=click.Choice(["auto", "min", "max"]), default="auto", show_default=True)
 @store_option
 @json_option
@@ -144,7 +148,8 @@ def best(url: str, as_json: bool, metric: str, mode: str) -> None:
         return
     # The name alone on stdout, for scripts.
     click.echo(record.run_id)
-    click.echo(f"{metric} {value(record.metrics[metric])}, of epoch {record.epoch}", err=True)
+    whose = "of the held-out rows" if metric not in record.metrics else f"of epoch {record.epoch}"
+    click.echo(f"{metric} {value(record.measured[metric])}, {whose}", err=True)
 
 
 @runs.command()
@@ -197,6 +202,12 @@ def _row(record: RunRecord, metrics: Sequence[str]) -> list[str]:
         *(value(record.metrics[name]) if name in record.metrics else "-" for name in metrics),
         cause if len(cause) <= _CAUSE_WIDTH else f"{cause[: _CAUSE_WIDTH - 1]}…",
     ]
+
+
+def _promoted(record: RunRecord) -> str:
+    if record.promoted is None:
+        return ""
+    return ("yes" if record.promoted else "no") + (f": {record.decision}" if record.decision else "")
 
 
 def _took(started: float, ended: float | None) -> str:

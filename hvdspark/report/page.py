@@ -126,6 +126,8 @@ def sections(
         "versions": sorted(record.versions.items()),
         "hosts": _hosts(record) if len(ranks) < 2 else [],
         "artefacts": sorted(record.artefacts.items()),
+        "held_out": [(name, words.number(found)) for name, found in record.held_out.items()],
+        "promoted": {None: "", True: "The model was promoted", False: "The model was not promoted"}[record.promoted],
         "written": words.moment(now),
     }
 

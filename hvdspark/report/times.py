@@ -98,12 +98,16 @@ LAGGING = 0.15
 
 # By name of the phase: how readers call it, what happens in it, its colour.
 _PHASES = {
+    "stages": ("stages", "a job fits the stages before the network", "setup-1"),
     "check": ("check", "parameters, schema and cluster are looked at before any job", "setup-1"),
     "write": ("write", "the rows become a dataset in the Store; an earlier fit's is taken as it is", "setup-2"),
     "launch": ("launch", "Spark starts the ranks, and they meet", "setup-3"),
     "import": ("import", "the ranks load TensorFlow, where the warm pool has not done so before", "setup-4"),
     "prepare": ("prepare", "the ranks build and compile the model", "setup-5"),
     "publish": ("publish", "the trained model goes into the Store and comes back to the driver", "setup-6"),
+    "save": ("save", "a job saves the whole pipeline", "rest"),
+    "evaluate": ("evaluate", "it compares the model with the one in use, on held-out rows", "rest"),
+    "promote": ("promote", "it lets the aliases refer to the model", "rest"),
 }
 _TRAIN = "train"
 

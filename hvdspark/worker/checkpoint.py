@@ -16,6 +16,10 @@ from hvdspark.store import Store
 
 logger = logging.getLogger(__name__)
 
+# The folder in a run's, and its models without their suffix.
+CHECKPOINTS = "checkpoints"
+LAST, BEST = "last", "best"
+
 
 @dataclass(frozen=True)
 class BestOf:
@@ -68,7 +72,7 @@ class Checkpoints:
     @property
     def is_behind(self) -> bool:
         """Whether the best model is not in the Store yet, so that another attempt would not find it."""
-        return "best" in self._unwritten
+        return BEST in self._unwritten
 
     @property
     def best_value(self) -> float:
@@ -102,11 +106,11 @@ class Checkpoints:
             if is_final:
                 self._final_best = data
             else:
-                self._write("last", data)
+                self._write(LAST, data)
             if is_best:
-                self._write("best", data)
+                self._write(BEST, data)
         if self.is_behind and not is_best:
-            self._write("best", self._unwritten["best"])
+            self._write(BEST, self._unwritten[BEST])
 
     def publish(self, serialize: Callable[[], bytes]) -> str:
         """Make the trained model, or that of the best epoch, the run's result.
@@ -129,7 +133,7 @@ class Checkpoints:
         target = posixpath.join(self._folder, MODEL + self._suffix)
         data = serialize()
         if self._best_of is not None:
-            self._write("last", data)
+            self._write(LAST, data)
         try:
             self._store.publish_bytes(data if self._best_of is None else self._best(), target)
         except StoreError as exc:
@@ -158,7 +162,7 @@ class Checkpoints:
             self._unwritten.pop(name, None)
 
     def _path(self, name: str) -> str:
-        return posixpath.join(self._folder, "checkpoints", name + self._suffix)
+        return posixpath.join(self._folder, CHECKPOINTS, name + self._suffix)
 
     def _improves(self, logs: Mapping[str, float]) -> bool:
         assert self._best_of is not None

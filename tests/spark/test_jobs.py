@@ -22,7 +22,7 @@ from pyspark.ml import PipelineModel
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from hvdspark import Store, cli, gc_runs, list_runs
+from hvdspark import Store, best_run, cli, gc_runs, list_runs
 from hvdspark.aliases import AliasEntry, promote, read_alias, rollback
 from hvdspark.errors import DataError, EmptyDatasetError, ParamError, SchemaError
 from hvdspark.history import EpochRecord, RankTimes, write_history
@@ -238,12 +238,18 @@ def test_a_run_that_is_trained_is_published_compared_and_promoted_without_traini
     record = read_record(store, "first")
     assert record is not None
     assert (record.state, record.metrics, record.epoch) == ("finished", {"loss": 2.0}, 2)
+    assert (record.held_out, record.promoted) == (first["metrics"], True)
+    assert record.artefacts == {"model": "runs/first/model.keras", "pipeline": first["model"]}
+    assert {"save", "evaluate", "promote"} <= set(record.phases)
 
     code, worse = train("worse", 0.5)
     assert (code, worse["promoted"]) == (0, False)
     assert worse["champion"] == {"run_id": "first", "metrics": first["metrics"]}
     assert worse["metrics"]["val_loss"] == pytest.approx(first["metrics"]["val_loss"] * 2.25, rel=1e-4)
     assert "is not <" in worse["cause"]
+    record = read_record(store, "worse")
+    assert record is not None
+    assert (record.state, record.promoted, record.decision) == ("finished", False, worse["cause"])
 
     code, better = train("better", 2.0)
     assert (code, better["promoted"], better["metrics"]) == (0, True, {"val_loss": pytest.approx(0, abs=1e-9)})
@@ -264,6 +270,21 @@ def test_a_run_that_is_trained_is_published_compared_and_promoted_without_traini
     champion = read_alias(store, "champion")
     assert champion is not None
     assert champion.run_id == "first"
+
+
+def test_a_job_that_fails_after_the_training_says_so_and_goes_on_from_there(train: Any) -> None:
+    code, failed = train("stuck", 1.0, "--set", "output=/proc/{run_id}")
+    record = read_record(train.store, "stuck")
+    assert record is not None
+    assert (code, failed["state"], record.state) == (70, "failed", "failed")
+    assert "/proc/stuck" in str(record.cause)
+    assert (record.artefacts, record.metrics) == ({"model": "runs/stuck/model.keras"}, {"loss": 2.0})
+    with pytest.raises(ParamError, match="no run in .* has finished"):
+        best_run(train.store, "loss")
+
+    code, result = train("stuck", None)
+    assert (code, result["state"], result["promoted"]) == (0, "finished", True)
+    assert best_run(train.store, "held_out.val_loss").cause is None
 
 
 def test_a_model_is_compared_anew_where_another_was_promoted_meanwhile(train: Any) -> None:

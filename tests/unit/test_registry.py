@@ -138,6 +138,19 @@ def test_the_best_run_is_the_finished_one_whose_metric_says_so(store: Store) -> 
         best_run(store, "acuracy")
     with pytest.raises(ParamError, match="'odd' is NaN"):
         best_run(store, "odd")
+
+
+def test_what_a_job_measured_on_held_out_rows_has_a_name_of_its_own(store: Store) -> None:
+    put(store, "overfitted", 1.0, metrics={"val_loss": 0.1}, held_out={"val_loss": 0.9, "val_auc": 0.6})
+    put(store, "sound", 2.0, metrics={"val_loss": 0.3}, held_out={"val_loss": 0.4, "val_auc": 0.8}, promoted=True)
+    put(store, "sick", 3.0, held_out={"val_loss": math.nan})
+    assert best_run(store, "val_loss").run_id == "overfitted"
+    assert best_run(store, "held_out.val_loss").run_id == "sound"
+    assert best_run(store, "held_out.val_auc").run_id == "sound"
+    assert math.isnan(show_run(store, "sick").record.held_out["val_loss"])
+    found = compare_runs(store, ["overfitted", "sound"]).metrics
+    assert found["held_out.val_loss"] == {"overfitted": 0.9, "sound": 0.4}
+    assert found["val_loss"] == {"overfitted": 0.1, "sound": 0.3}
     mode: Any = "most"
     with pytest.raises(ParamError, match="'most'"):
         best_run(store, "accuracy", mode)

@@ -100,6 +100,18 @@ def test_a_page_tells_the_whole_run(store: Store) -> None:
     )
 
 
+def test_what_a_job_came_to_after_the_training_is_on_the_page(store: Store) -> None:
+    put_run(store, "run", epochs_of(3))
+    assert "Evaluation" not in page_of(store).text
+    phases = {"stages": 1.5, "train": 9.0, "save": 2.5, "evaluate": 3.5, "promote": 0.25}
+    decision = "val_loss 4.25 is not < 4.125"
+    put_run(store, "run", epochs_of(3), held_out={"val_loss": 4.25}, promoted=False, decision=decision, phases=phases)
+    text = page_of(store).text
+    assert f"The model was not promoted: {decision}." in text
+    assert "Rows held out of the training val_loss 4.25" in text
+    assert "it compares the model with the one in use" in text
+
+
 def test_a_page_loads_nothing_and_forbids_it(store: Store) -> None:
     put_run(store, "run", epochs_of(3))
     page = page_of(store)

@@ -24,9 +24,10 @@ def store(tmp_path: Path) -> Store:
         "versions": {"keras": "3.15.1"},
         "data": {"source": "DataFrame", "rows": 900, "columns": [{"name": "x", "kind": "vector", "shape": [4]}]},
     }
+    evaluated = {**common, "held_out": {"val_loss": 0.4}, "promoted": False, "decision": "val_loss 0.4 is not < 0.3"}
     records = [
         RunRecord("monday", "finished", 1000.0, 1075.0, metrics={"loss": 0.5, "accuracy": 0.75}, epoch=2, **common),
-        RunRecord("tuesday", "finished", 2000.0, 2009.5, metrics={"loss": 0.25, "accuracy": 0.5}, epoch=3, **common),
+        RunRecord("tuesday", "finished", 2000.0, 2009.5, metrics={"loss": 0.25, "accuracy": 0.5}, epoch=3, **evaluated),
         RunRecord("wednesday", "failed", 3000.0, 3001.0, "rank 1 on beta: ValueError: " + "no " * 40, **common),
     ]
     for place, record in enumerate(records):
@@ -103,6 +104,10 @@ def test_a_run_is_shown_with_all_that_is_known(store: Store) -> None:
         "  2      0.5",
     ):
         assert line in done.stdout.splitlines(), line
+    assert "promoted" not in done.stdout
+    evaluated = run(store, "show", "tuesday").stdout.splitlines()
+    assert "promoted  no: val_loss 0.4 is not < 0.3" in evaluated
+    assert "  val_loss  0.4" in evaluated[evaluated.index("metrics of the held-out rows") :]
     failed = run(store, "show", "wednesday").stdout
     assert "state     failed: rank 1 on beta: ValueError: no no" in failed
     assert "2 ranks: rank 1 on beta" in failed
@@ -122,6 +127,9 @@ def test_the_best_run_is_its_name_alone_on_stdout(store: Store) -> None:
     done = run(store, "best", "--metric", "loss")
     assert (done.exit_code, done.stdout) == (0, "tuesday\n")
     assert "loss 0.25, of epoch 3" in done.stderr
+    done = run(store, "best", "--metric", "held_out.val_loss")
+    assert (done.exit_code, done.stdout) == (0, "tuesday\n")
+    assert "held_out.val_loss 0.4, of the held-out rows" in done.stderr
 
 
 def test_gc_says_what_it_did_and_why(store: Store) -> None:
