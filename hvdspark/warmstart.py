@@ -23,7 +23,7 @@ from hvdspark.store import Store
 ALIAS = "alias:"
 
 _NOTE = "warm_start.json"
-_COPY = "start"
+START = "start"
 _STATE = "state-"
 
 
@@ -189,4 +189,4 @@ def recall_start(store: Store, run_id: str, given: str | None, suffix: str) -> W
 
 
 def _copy_of(run_id: str, suffix: str) -> str:
-    return posixpath.join(run_folder(run_id), "checkpoints", _COPY + suffix)
+    return posixpath.join(run_folder(run_id), "checkpoints", START + suffix)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from hvdspark.estimators.facts import OPERATIONAL
 from hvdspark.estimators.fitting import new_run_id
 from hvdspark.estimators.job.building import Building
 from hvdspark.estimators.job.config import CANDIDATE, RUN_ID, JobConfig
@@ -45,6 +47,7 @@ from hvdspark.errors import (
 from hvdspark.lease import held, is_held
 from hvdspark.plan import ModelTensor
 from hvdspark.recording import Recording, record_stillborn, recorded
+from hvdspark.registry import flatten
 from hvdspark.retention import discard
 from hvdspark.runs import (
     JOB,
@@ -59,9 +62,15 @@ from hvdspark.runs import (
     run_folder,
 )
 from hvdspark.store import Store
-from hvdspark.warmstart import ALIAS
+from hvdspark.warmstart import ALIAS, START
+from hvdspark.worker.checkpoint import CHECKPOINTS
 
 logger = logging.getLogger(__name__)
+
+# The sections of a configuration that a run must go on with.
+_DECISIVE = ("input", "pipeline", "pipeline_args", "estimator", "evaluation")
+
+_SECRET = re.compile(r"password|passwd|secret|token|credential|key", re.IGNORECASE)
 
 # How often a model is compared anew when, while it was compared, another one was promoted.
 _COMPARISONS = 3
@@ -106,12 +115,26 @@ class TrainJob:
         self._gate = None if config.promote_if is None else Gate.parse(config.promote_if)
 
     def finished(self) -> JobResult | None:
-        """Return the result of the run where it is finished already; nothing is trained then."""
-        found = read_result(self._store, self.run_id)
-        if found is None or found.state != "finished" or is_removed(self._store, self.run_id):
+        """Return the result of the run where it is finished already; nothing is trained then.
+
+        Raises
+        ------
+        ParamError
+            When it is the result of another configuration.
+        """
+        found = self._final_result()
+        if found is None:
             return None
+        changed = self._checked_changes(Notes.read(self._store, self.run_id))
+        if changed:
+            logger.warning("%s finished with another configuration (%s)", self.run_id, ", ".join(changed))
         logger.info("%s is finished already; this is its result", self.run_id)
         return found
+
+    def _final_result(self) -> JobResult | None:
+        found = read_result(self._store, self.run_id)
+        is_final = found is not None and found.state == "finished" and not is_removed(self._store, self.run_id)
+        return found if is_final else None
 
     def run(self, session: SparkSession, building: Building) -> JobResult:
         """Do what is still to be done.
@@ -135,7 +158,7 @@ class TrainJob:
         """Leave in the run what ended this driver, unless another one is at the run, or it is finished."""
         try:
             with self._alone():
-                if self.finished() is None:
+                if self._final_result() is None:
                     if read_record(self._store, self.run_id) is None:
                         self._record_stillborn(failure)
                     failure.publish(self._store)
@@ -170,6 +193,9 @@ class TrainJob:
             )
 
     def _run(self, session: SparkSession, building: Building) -> JobResult:
+        if not is_removed(self._store, self.run_id):
+            # Before anything of the run is changed.
+            self._checked_changes(Notes.read(self._store, self.run_id))
         with self._recorded():
             return self._go_on(session, building)
 
@@ -217,14 +243,49 @@ class TrainJob:
         """Return the notes of the run, or begin them; what the run began with stays, also the weights."""
         config = _digests(self._config)
         notes = Notes.read(self._store, self.run_id)
-        if notes is not None:
-            changed = sorted(name for name in {*config, *notes.config} if config.get(name) != notes.config.get(name))
-            if changed:
-                logger.warning(
-                    "%s goes on, with another configuration than it began with (%s)", self.run_id, ", ".join(changed)
-                )
+        if notes is None:
+            return Notes(config, self._warm_start()).with_(self._store, self.run_id)
+        changed = self._checked_changes(notes)
+        if not changed:
             return notes
-        return Notes(config, self._warm_start()).with_(self._store, self.run_id)
+        names = ", ".join(changed)
+        logger.warning("%s goes on with another configuration than it began with (%s)", self.run_id, names)
+        anew: dict[str, Any] = {}
+        if any(_decides(name) for name in changed):
+            # There is nothing but the stages, and those may come out otherwise now.
+            anew["prepared"] = False
+        if {"promote_if", "alias"} & set(changed):
+            # What another gate has decided is not what this one does.
+            anew |= {"metrics": None, "promote": None}
+        return notes.with_(self._store, self.run_id, config=config, **anew)
+
+    def _checked_changes(self, notes: Notes | None) -> list[str]:
+        """Return the keys that are not as the run began with them.
+
+        Raises
+        ------
+        ParamError
+            When there is something of a training already that they do not fit.
+        """
+        if notes is None:
+            return []
+        config = _digests(self._config)
+        changed = sorted(name for name in {*config, *notes.config} if config.get(name) != notes.config.get(name))
+        refused = [name for name in changed if _decides(name)]
+        if refused and self._has_trained():
+            raise ParamError(
+                f"the run '{self.run_id}' in {self._store} was begun with another configuration:"
+                f" {', '.join(refused)} {'differs' if len(refused) == 1 else 'differ'}. Give another --run-id, or the"
+                " configuration that the run was begun with",
+                param="run_id",
+            )
+        return changed
+
+    def _has_trained(self) -> bool:
+        """Whether the ranks have left anything that a training goes on from, or comes to."""
+        kept = self._store.list(self._folder, CHECKPOINTS)
+        is_kept = any(not name.startswith(f"{START}.") for name in kept)
+        return is_kept or published_model(self._store, self.run_id) is not None
 
     def _warm_start(self) -> str | None:
         given = self._config.warm_start
@@ -424,8 +485,26 @@ class TrainJob:
 
 
 def _digests(config: JobConfig) -> dict[str, str]:
-    """Tell the sections of a configuration from others, without what is in them: options may hold secrets."""
-    sections = config.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude={"run_id"})
+    """Tell the values of a configuration from others, without what they are: addresses may hold secrets.
+
+    Of what is called like a secret there is nothing, not even that: it may be another one in every try.
+    """
+    elsewhere = {"run_id", "store", "spark"}
+    values = flatten(config.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude=elsewhere))
     return {
-        name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest() for name, value in sections.items()
+        name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+        for name, value in values.items()
+        if not (name.startswith("input.options.") and _SECRET.search(name)) and _parameter(name) != "backend_env"
     }
+
+
+def _decides(name: str) -> bool:
+    """Whether the value of that dotted name decides what a training or an evaluation comes to."""
+    section = name.partition(".")[0]
+    return section in _DECISIVE and _parameter(name) not in OPERATIONAL
+
+
+def _parameter(name: str) -> str:
+    """Return the parameter of the estimator that a dotted name is of, or nothing."""
+    section, _, rest = name.partition(".")
+    return rest.partition(".")[0] if section == "estimator" else ""

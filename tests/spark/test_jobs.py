@@ -276,15 +276,52 @@ def test_a_job_that_fails_after_the_training_says_so_and_goes_on_from_there(trai
     code, failed = train("stuck", 1.0, "--set", "output=/proc/{run_id}")
     record = read_record(train.store, "stuck")
     assert record is not None
-    assert (code, failed["state"], record.state) == (70, "failed", "failed")
+    assert (failed["exit_code"], failed["state"], record.state) == (code, "failed", "failed")
     assert "/proc/stuck" in str(record.cause)
     assert (record.artefacts, record.metrics) == ({"model": "runs/stuck/model.keras"}, {"loss": 2.0})
-    with pytest.raises(ParamError, match="no run in .* has finished"):
+    with pytest.raises(ParamError, match=r"no run in .* has finished"):
         best_run(train.store, "loss")
 
     code, result = train("stuck", None)
     assert (code, result["state"], result["promoted"]) == (0, "finished", True)
     assert best_run(train.store, "held_out.val_loss").cause is None
+
+
+def test_a_run_goes_on_with_the_configuration_that_it_began_with(train: Any) -> None:
+    store: Store = train.store
+
+    def refused(run_id: str, *assignments: str) -> str:
+        before = {name: store.read_bytes("runs", run_id, name) for name in ("run.json", "job.json")}
+        arguments = [part for assignment in assignments for part in ("--set", assignment)]
+        code, result = train(run_id, None, *arguments)
+        assert (code, result["error"]) == (78, "ParamError")
+        assert {name: store.read_bytes("runs", run_id, name) for name in before} == before
+        return str(result["cause"])
+
+    secret = "input.options.password"
+    assert train("stuck", 1.0, "--set", "output=/proc/{run_id}", "--set", f"{secret}=hush")[0] != 0
+    cause = refused("stuck", "batch_size=7", "input.window={column: id}", "evaluation.by=[x]")
+    assert (
+        "was begun with another configuration: estimator.batch_size, evaluation.by, input.window.column diff" in cause
+    )
+    # How it is launched and where it goes is free, and a secret may have expired.
+    free = ["--set", "num_proc=1", "--set", "estimator.verbose=0", "--set", f"{secret}=hushed", "--set", "alias=other"]
+    code, first = train("stuck", None, *free)
+    assert (code, first["promoted"]) == (0, True)
+
+    assert "another configuration: estimator.loss differs. Give another --run-id" in refused("stuck", "loss=mae")
+    assert store.read_json("runs", "stuck", "result.json") == first
+    assert train("stuck", None) == (0, first)
+
+    # The verdict of a gate is that gate's alone.
+    store.delete("runs", "stuck", "result.json")
+    code, again = train("stuck", None, *free, "--set", "promote_if=val_loss < 1e-9")
+    assert (code, again["promoted"], again["metrics"]) == (0, False, first["metrics"])
+    assert again["cause"].endswith("is not < 1e-09")
+
+    # As long as nothing is trained a mistake in the configuration can be mended.
+    assert "column 'z' does not exist" in train("mended", None, "--set", "feature_cols=[z]")[1]["cause"]
+    assert "needs 9 slots" in train("mended", None, "--set", "num_proc=9")[1]["cause"]
 
 
 def test_a_model_is_compared_anew_where_another_was_promoted_meanwhile(train: Any) -> None:
