@@ -145,12 +145,12 @@ class Checkpoints:
         if self._best_of is None:
             # That of an epoch before.
             with contextlib.suppress(StoreError):
-                self._store.delete(self._path("last"))
+                self._store.delete(self._path(LAST))
         return target
 
     def _best(self) -> bytes:
-        data = self._final_best or self._unwritten.get("best")
-        return self._store.read_bytes(self._path("best")) if data is None else data
+        data = self._final_best or self._unwritten.get(BEST)
+        return self._store.read_bytes(self._path(BEST)) if data is None else data
 
     def _write(self, name: str, data: bytes) -> None:
         try:
