@@ -102,7 +102,7 @@ class Alarm:
 
     Raises
     ------
-    OSError
+    RendezvousError
         When the server is not there.
     """
 

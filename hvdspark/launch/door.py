@@ -67,6 +67,11 @@ class Door:
         IP addresses that may connect. Without any, those who come wait until there are, see :meth:`admit`.
     size
         How many members there are.
+
+    Raises
+    ------
+    OSError
+        When the address cannot be listened on.
     """
 
     _guest_type: ClassVar[type[Guest]] = Guest
@@ -75,7 +80,13 @@ class Door:
         self.size = size
         self._hosts = frozenset(hosts)
         self._knows_hosts = threading.Event()
-        self._listener = socket.create_server((address, 0), backlog=_BACKLOG)
+        try:
+            self._listener = socket.create_server((address, 0), backlog=_BACKLOG)
+        except OSError as exc:
+            raise OSError(
+                f"nothing can listen at {address}, where ranks are to meet: {exc}. Is that an address of this host?"
+                " Name the interface to use with nics=[…]."
+            ) from exc
         self._listener.setblocking(False)
         host, port = self._listener.getsockname()[:2]
         self._address = (str(host), int(port))

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from hvdspark.errors import RendezvousError
 from hvdspark.launch.door import Door, Guest, keep_alive
 
 _LINE_BYTES = 4096
@@ -104,16 +105,21 @@ def connect(address: tuple[str, int], token: str, number: int, timeout_s: float)
 
     Raises
     ------
-    OSError
+    RendezvousError
         When nobody answers there.
     """
     try:
         connection = socket.create_connection(address, timeout=timeout_s)
+        connection.settimeout(None)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        keep_alive(connection)
+        connection.sendall(f"{token} {number}\n".encode())
     except OSError as exc:
         host, port = address
-        raise ConnectionError(f"the first rank's task does not answer at {host}:{port}: {exc}") from exc
-    connection.settimeout(None)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    keep_alive(connection)
-    connection.sendall(f"{token} {number}\n".encode())
+        raise RendezvousError(
+            f"the first rank's task does not answer at {host}:{port}: {exc}. Where no other rank tells of an error, it"
+            " is a firewall (ranks use ports that the system chooses), or an address that other hosts have no way to:"
+            " name another interface with nics=[…]. hvdspark doctor tells which executors do not reach each other.",
+            is_passing=True,
+        ) from exc
     return connection

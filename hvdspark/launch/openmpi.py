@@ -83,9 +83,7 @@ class HostServer:
     Raises
     ------
     RendezvousError
-        When it does not start, with what it said.
-    OSError
-        When the manager is not there.
+        When it does not start, with what it said, or the manager is not there.
     """
 
     def __init__(self, manager: tuple[str, int], token: str, place: int, size: int, folder: str) -> None:

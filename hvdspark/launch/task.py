@@ -253,7 +253,13 @@ def _scratch(options: LaunchOptions) -> tempfile.TemporaryDirectory[str]:
     Where this task is killed, the rank's guard removes it.
     """
     place = options.env.get("TMPDIR")
-    return tempfile.TemporaryDirectory(prefix="hvdspark-rank-", dir=place, ignore_cleanup_errors=True)
+    try:
+        return tempfile.TemporaryDirectory(prefix="hvdspark-rank-", dir=place, ignore_cleanup_errors=True)
+    except OSError as exc:
+        raise OSError(
+            f"the rank has no place for temporary files: {exc}. Make room there, or name another folder of this host by"
+            " the variable TMPDIR (in env, or an estimator's backend_env)."
+        ) from exc
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ def join() -> Any:
     Raises
     ------
     RendezvousError
-        When mpi4py uses another MPI than Horovod.
+        When nobody answers where ranks meet, or mpi4py uses another MPI than Horovod.
     ConnectionError
         When the host's PMIx server, which Open MPI needs, has ended.
     """

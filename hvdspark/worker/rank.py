@@ -111,7 +111,8 @@ def serve(answers: int, hindrance: BaseException | None = None) -> NoReturn:
     try:
         mpi = pmi.join()
     except BaseException as exc:  # noqa: BLE001 - as above
-        _end_with(exc, "meet", pulse)
+        is_passing = isinstance(exc, ConnectionError) or getattr(exc, "is_passing", False)
+        _end_with(exc, "unmet" if is_passing else "meet", pulse)
     _run(payload, own, pulse)
     # Interpreter teardown can hang in native threads that wait for peers which are gone; so only what must be is done.
     atexit._run_exitfuncs()

@@ -123,6 +123,11 @@ def test_an_unknown_interface_is_an_error_that_lists_those_there_are(spark: Spar
         hvdspark.run(lambda: None, num_proc=2, nics=["ib7"])
 
 
+def test_a_place_for_temporary_files_that_is_not_there_is_named_with_what_to_do(spark: SparkSession) -> None:
+    with pytest.raises(RendezvousError, match=r"^rank \d on .*no place for temporary files: .*/no/such/.*TMPDIR"):
+        hvdspark.run(lambda: None, num_proc=2, env={"TMPDIR": "/no/such"})
+
+
 def test_ranks_that_do_not_begin_in_time_are_named_and_ended(spark: SparkSession) -> None:
     class Unending:
         """What a rank is not through reading when its time is over, however fast it started."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from hvdspark.errors import RendezvousError
 from hvdspark.launch import alarm as alarm_module
 from hvdspark.launch.alarm import Alarm, AlarmServer
 
@@ -41,6 +42,15 @@ def test_all_others_hear_who_rings(alarms: list[Alarm]) -> None:
     assert rings(alarms[2])
     assert not rings(alarms[1], QUIET_S)
     assert alarms[0].cause() == alarms[2].cause() == ("rank 1 on h1 had failed", False)
+
+
+def test_a_first_rank_that_cannot_be_reached_is_told_with_its_address_and_what_to_do() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        address = closed.getsockname()
+    text = rf"the first rank's task does not answer at 127\.0\.0\.1:{address[1]}: .*Connection refused.*firewall.*nics="
+    with pytest.raises(RendezvousError, match=text) as caught:
+        Alarm(address, TOKEN, 1)
+    assert caught.value.is_passing
 
 
 def test_one_that_comes_late_hears_it_too() -> None:

@@ -7,6 +7,7 @@ import io
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -29,6 +30,7 @@ from hvdspark.launch.child import Child, Patience
 from hvdspark.launch.failures import Failure, Outcome, error_of
 from hvdspark.launch.guard import STACKS
 from hvdspark.launch.mpi import ProcessManager, mpi_environment
+from hvdspark.launch.openmpi import OPEN_MPI, place_environment
 from hvdspark.launch.process import recipe_of
 from hvdspark.launch.topology import rank_environment
 from hvdspark.plan import RankContext
@@ -137,6 +139,19 @@ def test_an_mpi_that_does_not_come_up_is_told_by_its_own_words(start: str) -> No
     assert (failure.kind, failure.error) == ("meet", "RuntimeError: cannot load MPI library")
     assert "/no/such/libmpi.so" in failure.details
     assert isinstance(error_of([failure]), RendezvousError)
+
+
+def test_a_rank_whose_host_server_ends_while_it_joins_may_try_again(start: str) -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as manager,
+        Child(recipe_of({}, ("json",)), warm=start == "warm") as child,
+    ):
+        threading.Thread(target=lambda: manager.accept()[0].close(), daemon=True).start()
+        environment = mpi_environment(manager.getsockname(), "token") | place_environment(OPEN_MPI, 0)
+        environment |= rank_environment(CONTEXT)
+        failure = child.run(cloudpickle.dumps(Job(len, ("",))), CONTEXT, environment, None, Patience(60)).failure
+    assert failure is not None
+    assert failure.kind == "unmet", failure
 
 
 def test_a_lost_peer_is_told_from_an_error_of_the_users_own(run: Callable[..., Outcome]) -> None:

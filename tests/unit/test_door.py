@@ -191,3 +191,9 @@ def test_a_member_that_speaks_nonsense_harms_nobody_else(name: str, nonsense: by
         with stranger(server) as member, contextlib.suppress(ConnectionError):
             member.sendall(words[:place] + nonsense + words[place:])
         assert is_served(server, kind)
+
+
+def test_an_address_that_is_not_of_this_host_is_named_with_what_to_do() -> None:
+    text = r"nothing can listen at 192\.0\.2\.1, where ranks are to meet: .*Cannot assign.*nics="
+    with pytest.raises(OSError, match=text):
+        ProcessManager("192.0.2.1", [HOME], [0, 0], TOKEN)

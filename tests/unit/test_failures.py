@@ -134,11 +134,12 @@ def test_a_network_that_fails_before_the_work_is_no_mistake_of_anybodys() -> Non
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         port = nobody.getsockname()[1]
-    with pytest.raises(OSError, match="does not answer") as caught:
+    with pytest.raises(RendezvousError, match="does not answer") as caught:
         Alarm(("127.0.0.1", port), "secret", 1)
     found = Failure.before(caught.value, context)
-    assert found.kind == "system"
-    assert f"the first rank's task does not answer at 127.0.0.1:{port}: " in found.error
+    assert found.kind == "unmet"
+    assert found.error.startswith(f"the first rank's task does not answer at 127.0.0.1:{port}: ")
+    assert Failure.before(OSError("no space"), context).kind == "system"
     assert Failure.before(RendezvousError("nics=['no'] is not there"), context).kind == "meet"
     assert Failure.before(RendezvousError("within 60 s", is_passing=True), context).kind == "unmet"
 
