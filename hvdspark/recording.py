@@ -82,7 +82,7 @@ class Recording:
         finally:
             self._record = closed(self._record, time.time(), cause)
             with contextlib.suppress(StoreError):
-                self._record = with_traces(self._store, replace(self._record, hosts=()))
+                self._record = with_traces(self._store, replace(self._record, hosts=(), network=""))
             self.publish()
 
     def end(self, state: State, cause: BaseException | None = None) -> None:
@@ -137,7 +137,9 @@ def record_stillborn(store: Store, run_id: str, state: State, started: float, ca
     _write(store, RunRecord(run_id, state, started, time.time(), cause, kind))
 
 
-def publish_launch(store: Store, folder: str, ranks: Sequence[RankContext], rows: Mapping[str, int]) -> None:
+def publish_launch(
+    store: Store, folder: str, ranks: Sequence[RankContext], rows: Mapping[str, int], network: str
+) -> None:
     """Leave beside the logs what only the tasks of the stage know, once they have met.
 
     Parameters
@@ -148,6 +150,8 @@ def publish_launch(store: Store, folder: str, ranks: Sequence[RankContext], rows
         The places of all ranks.
     rows
         ``rows`` and ``val_rows``, where the tasks have counted them.
+    network
+        As of :class:`~hvdspark.runs.RunRecord`.
 
     Raises
     ------
@@ -156,7 +160,7 @@ def publish_launch(store: Store, folder: str, ranks: Sequence[RankContext], rows
     """
     places = sorted(ranks, key=lambda context: context.rank)
     hosts = [asdict(RankPlace(context.rank, context.host, context.local_rank)) for context in places]
-    store.publish_bytes(json.dumps({"hosts": hosts, **rows}).encode(), folder, LAUNCH)
+    store.publish_bytes(json.dumps({"hosts": hosts, "network": network, **rows}).encode(), folder, LAUNCH)
 
 
 def first_line(exc: BaseException) -> str:

@@ -113,6 +113,9 @@ class RunRecord:
         ``val_rows`` and ``columns``, as far as they are known.
     hosts
         Where each rank ran in the last attempt.
+    network
+        By what the ranks met and talked in the last attempt, and what NCCL, UCX and Open MPI were told on the first
+        one's host, as far as the user's own variables left that to this library.
     phases
         Seconds that each phase took when it was last gone through.
     artefacts
@@ -146,6 +149,7 @@ class RunRecord:
     versions: Mapping[str, str] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     hosts: tuple[RankPlace, ...] = ()
+    network: str = ""
     phases: Mapping[str, float] = field(default_factory=dict)
     artefacts: Mapping[str, str] = field(default_factory=dict)
     attempts: tuple[Attempt, ...] = ()
@@ -312,6 +316,8 @@ def with_traces(store: Store, record: RunRecord) -> RunRecord:
     if not record.hosts:
         with contextlib.suppress(KeyError, TypeError):
             record = replace(record, hosts=tuple(RankPlace(**place) for place in launch["hosts"]))
+    if isinstance(launch.get("network"), str):
+        record = replace(record, network=launch["network"])
     counted = {name: launch[name] for name in ("rows", "val_rows") if isinstance(launch.get(name), int)}
     if counted:
         record = replace(record, data={**record.data, **counted})

@@ -88,6 +88,7 @@ def show(url: str, as_json: bool, run_id: str) -> None:
         "aliases": list(details.aliases),
         "size": size(details.size_bytes),
         "hosts": [f"rank {place.rank}: {place.host}, local rank {place.local_rank}" for place in record.hosts],
+        "network": record.network,
         "mlflow": record.mlflow_run_id or "",
     }
     for name, found in facts.items():

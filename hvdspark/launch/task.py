@@ -126,7 +126,7 @@ class Stage:
             except (RendezvousError, DataError, SchemaError, OSError) as exc:
                 return ranks, Outcome(failure=Failure.before(exc, context))
             if context.rank == 0:
-                _note_launch(options, ranks, plan)
+                _note_launch(options, ranks, plan, network)
             environment = {
                 **network,
                 **own_gpus,
@@ -223,15 +223,20 @@ def _planned(rows: TakenRows, peers: Sequence[topology.Peer], offers: Sequence[O
     return rows.plan([offers[partition].rows or "" for partition in order])
 
 
-def _note_launch(options: LaunchOptions, ranks: Mapping[int, RankContext], plan: FitPlan | None) -> None:
-    """Leave a note of where the ranks are; a Store that fails here must not stop the training."""
+def _note_launch(
+    options: LaunchOptions, ranks: Mapping[int, RankContext], plan: FitPlan | None, network: Mapping[str, str]
+) -> None:
+    """Leave a note of where the ranks are and how they talk; a Store that fails here must not stop the training."""
     if options.store is None or options.logs is None:
         return
     rows = {}
     if plan is not None:
         rows = {"rows": plan.train.rows, "val_rows": 0 if plan.val is None else plan.val.rows}
     try:
-        publish_launch(Store.from_ref(options.store), options.logs, list(ranks.values()), rows)
+        # Of the user's variables a run keeps the names alone.
+        own = {name: value for name, value in network.items() if name not in options.env}
+        text = f"{network[fabric.NETWORK]}; {fabric.settings_in(own)}"
+        publish_launch(Store.from_ref(options.store), options.logs, list(ranks.values()), rows, text)
     except (HvdSparkError, OSError) as exc:
         logger.warning("no note of where the ranks are: %s", exc)
 

@@ -83,7 +83,7 @@ def fitted(df: DataFrame, store: Store, experiment: str, tmp_path_factory: pytes
         validation=0.25,
         checkpoint_callback=BestOf("val_loss"),
         callbacks=[FailsIn(2, mark)],
-        backend_env={"TOKEN": SECRET},
+        backend_env={"TOKEN": SECRET, "UCX_NET_DEVICES": "lo"},
         run_id="nightly",
         mlflow=True,
         verbose=0,
@@ -125,7 +125,7 @@ def test_a_run_that_finished_can_be_understood_and_repeated_from_its_record(
     assert record.params["model"]["weights"] == 3
     expected = {"epochs": EPOCHS, "num_proc": 2, "batch_size": 32, "loss": "mse", "validation": 0.25, "shuffle": True}
     assert {name: record.params[name] for name in expected} == expected
-    assert record.params["backend_env"] == ["TOKEN"]
+    assert record.params["backend_env"] == ["TOKEN", "UCX_NET_DEVICES"]
     assert SECRET not in store.read_bytes("runs", "nightly", "run.json").decode()
     assert record.versions["keras"] == keras.__version__
     assert record.versions["tensorflow"] == importlib.metadata.version("tensorflow-cpu")
@@ -136,6 +136,9 @@ def test_a_run_that_finished_can_be_understood_and_repeated_from_its_record(
     hosts = {place.host for place in record.hosts}
     assert [(place.rank, place.local_rank) for place in record.hosts] == [(0, 0), (1, 1)]
     assert len(hosts) == 1
+    assert record.network == failed.network
+    assert record.network.startswith("controller gloo (as asked for), TCP over lo; FI_TCP_IFACE=lo NCCL_IB_DISABLE=1 ")
+    assert "UCX_NET_DEVICES" not in record.network, "the user's own value is the user's business"
     assert record.phases == pytest.approx(model.phases)
     assert store.exists(record.artefacts["model"])
 

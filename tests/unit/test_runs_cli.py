@@ -21,6 +21,7 @@ def store(tmp_path: Path) -> Store:
     common: dict[str, Any] = {
         "kind": "keras",
         "hosts": (RankPlace(0, "alpha", 0), RankPlace(1, "beta", 0)),
+        "network": "controller gloo (as asked for), TCP over eth0; NCCL_IB_DISABLE=1",
         "versions": {"keras": "3.15.1"},
         "data": {"source": "DataFrame", "rows": 900, "columns": [{"name": "x", "kind": "vector", "shape": [4]}]},
     }
@@ -94,6 +95,7 @@ def test_a_run_is_shown_with_all_that_is_known(store: Store) -> None:
         "state     finished",
         "hosts     rank 0: alpha, local rank 0",
         "          rank 1: beta, local rank 0",
+        "network   controller gloo (as asked for), TCP over eth0; NCCL_IB_DISABLE=1",
         "metrics of epoch 2",
         "  loss      0.5",
         "  rows      900",
