@@ -23,7 +23,7 @@ def test_without_a_gpu_it_says_so_and_fails() -> None:
     except OSError:
         pass
     else:
-        pytest.skip("this machine has NVIDIA's driver")
+        pytest.skip("not for this machine: it has NVIDIA's driver")
     found = check()
     assert found.returncode == 1
     assert found.stdout == ""

@@ -96,7 +96,7 @@ def test_a_rank_that_does_something_else_is_stopped_when_another_fails(spark: Sp
 
 def test_rdma_that_is_not_there_is_an_error_before_any_rank_works(spark: SparkSession) -> None:
     if Path("/sys/class/infiniband").exists():
-        pytest.skip("this machine has RDMA devices")
+        pytest.skip("not for this machine: it has RDMA devices")
     with pytest.raises(RendezvousError, match=r"rdma=True, but .* has no RDMA port that is up; it has: no RDMA device"):
         hvdspark.run(lambda: None, num_proc=2, rdma=True)
 

@@ -17,7 +17,7 @@ import pytest
 
 from hvdspark.worker.shared_region import is_supported
 
-pytestmark = pytest.mark.skipif(not is_supported(), reason="needs Linux on x86-64")
+pytestmark = pytest.mark.skipif(not is_supported(), reason="not for this machine: needs Linux on x86-64")
 
 TIMEOUT_S = 60
 
