@@ -57,10 +57,11 @@ if [[ -n ${SECRET:-} ]]; then # the name of a Secret with the keys access-key an
 fi
 
 # spark-submit ends with 0 here even when the driver failed (SPARK-26365); outcome.py has the exit code from the Store.
+earlier=$("${PYTHON:-python}" "$here/outcome.py" "${STORE_HERE:-$STORE}" "$run_id") || true # of the try before this one
 submitted=0
 "${SPARK_SUBMIT:-spark-submit}" --master "$MASTER" --deploy-mode cluster --name "hvdspark-$run_id" \
   "${settings[@]}" \
   local:///opt/hvdspark/submit/hvdspark_job.py \
   --config /opt/job/job.yaml --store "$STORE" --run-id "$run_id" "$@" || submitted=$?
 ((submitted <= 1)) || exit $submitted # there is no spark-submit, or a signal ended it
-exec "${PYTHON:-python}" "$here/outcome.py" "${STORE_HERE:-$STORE}" "$run_id"
+exec "${PYTHON:-python}" "$here/outcome.py" "${STORE_HERE:-$STORE}" "$run_id" "$earlier"

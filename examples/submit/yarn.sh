@@ -48,9 +48,10 @@ settings=(
 )
 
 # A failed job makes spark-submit end with 1, whatever its own exit code is; outcome.py has that from the Store.
+earlier=$("${PYTHON:-python}" "$here/outcome.py" "$STORE" "$run_id") || true # of the try before this one
 submitted=0
 "${SPARK_SUBMIT:-spark-submit}" --master yarn --deploy-mode cluster --name "hvdspark $run_id" --queue "$QUEUE" \
   "${settings[@]}" \
   "$here/hvdspark_job.py" --config "$(basename "$config")" --store "$STORE" --run-id "$run_id" "$@" || submitted=$?
 ((submitted <= 1)) || exit $submitted # there is no spark-submit, or a signal ended it
-exec "${PYTHON:-python}" "$here/outcome.py" "$STORE" "$run_id"
+exec "${PYTHON:-python}" "$here/outcome.py" "$STORE" "$run_id" "$earlier"

@@ -30,6 +30,9 @@ SCRIPTS = sorted(path.name for path in FOLDER.glob("*.sh") if "NOT TESTED HERE" 
 SUBMIT = """#!{python} -IS
 import json, os, sys
 json.dump(sys.argv[1:], open(os.environ["ARGUMENTS"], "w"))
+if "RESULT" in os.environ:
+    os.makedirs(os.environ["STORE"] + "/runs/nightly", exist_ok=True)
+    open(os.environ["STORE"] + "/runs/nightly/result.json", "w").write(os.environ["RESULT"])
 sys.exit(int(os.environ["SUBMITTED"]))
 """
 
@@ -74,10 +77,9 @@ def test_a_script_ends_with_the_exit_code_of_the_job_whatever_spark_submit_says(
     tmp_path: Path, script: str, code: int, submitted: str
 ) -> None:
     result = {"run_id": "nightly", "exit_code": code, "promoted": code == 0}
-    Store.create(tmp_path / "store").publish_bytes(json.dumps(result).encode(), "runs", "nightly", "result.json")
     found = Submitted(
         tmp_path, script, [*arguments_of(script), "--set", "estimator.epochs=3"],
-        RANKS="4", RANKS_PER_EXECUTOR="2", SUBMITTED=submitted,
+        RANKS="4", RANKS_PER_EXECUTOR="2", SUBMITTED=submitted, RESULT=json.dumps(result),
     )  # fmt: skip
     assert found.done.returncode == code, found.done.stderr
     assert json.loads(found.done.stdout.splitlines()[-1]) == result
@@ -104,6 +106,22 @@ def test_a_job_that_left_nothing_may_be_tried_again_and_a_wrong_call_may_not(tmp
     ):
         assert wrong.done.returncode == 64
         assert wrong.options == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_result_of_the_try_before_is_not_that_of_a_driver_that_never_started(tmp_path: Path, script: str) -> None:
+    store = Store.create(tmp_path / "store")
+
+    def left_before(**result: Any) -> subprocess.CompletedProcess[str]:
+        store.publish_bytes(json.dumps({"run_id": "nightly", **result}).encode(), "runs", "nightly", "result.json")
+        return Submitted(tmp_path, script, arguments_of(script), SUBMITTED="1").done
+
+    assert left_before(exit_code=65, seconds=3.25).returncode == 75
+    assert left_before(exit_code=0, seconds=3.25).returncode == 0
+    store.delete("runs")
+    store.make_folder("runs/nightly/result.json")  # what cannot be read
+    done = Submitted(tmp_path, script, arguments_of(script)).done
+    assert (done.returncode, "cannot read" in done.stdout) == (75, True), done.stderr
 
 
 @pytest.fixture(scope="module")
