@@ -174,6 +174,7 @@ class HorovodEstimator(Estimator, EstimatorParams, abc.ABC):  # type: ignore[typ
             env=env,
             start_timeout_s=self._value("start_timeout"),
             stall_timeout_s=self._value("stall_timeout_s"),
+            slots_timeout_s=self._value("slots_timeout_s"),
             store=store.ref(),
             logs=log_folder(run_id),
             preload=Job(self._trainer).modules,

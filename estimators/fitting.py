@@ -267,6 +267,21 @@ class Fit:
             self._describe(work)
             return run_barrier(session, size, cloudpickle.dumps(job.after(work)), options)
 
+    def _first_size(self, store: Store, wanted: int, options: LaunchOptions) -> int:
+        """Return how many ranks to begin with: all that are wanted, or fewer in a run that goes on, where it may.
+
+        Raises
+        ------
+        NotEnoughSlotsError, LaunchError
+            As :func:`~hvdspark.launch.slots.check_slots`.
+        """
+        goes_on = next_attempt(store, self._run_id) > 1 and not is_removed(store, self._run_id)
+        size = self._size_now(wanted, options) if goes_on else wanted
+        check_slots(self._source.session, size, options.slots_timeout_s)
+        if size != wanted:
+            logger.warning("%s: goes on with %d ranks in place of %d", self._run_id, size, wanted)
+        return size
+
     def _size_now(self, wanted: int, options: LaunchOptions) -> int:
         """Return how many ranks to go on with: fewer than were wanted where that is allowed and no more can be had."""
         fewest = self._estimator._value("min_proc") or wanted
@@ -314,7 +329,7 @@ class Fit:
         draft = self._draft(store, columns, batch, num_proc)
         options = estimator._launch_options(self._run_id, store)
         check_transport(session, allow_insecure=options.allow_insecure_transport)
-        check_slots(session, num_proc, options.slots_timeout_s)
+        draft = replace(draft, size=self._first_size(store, num_proc, options))
         store.check_writable()
         self._find_start(store, session)
         return draft, options

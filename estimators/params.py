@@ -277,6 +277,11 @@ class EstimatorParams(ModelParams):
         "seconds after which a rank that was stopped or does not move on is given up; 0 for never",
         zero_or_at_least("stall_timeout_s", LEAST_STALL_S),
     )
+    slots_timeout_s = param(
+        "slots_timeout_s",
+        "seconds to wait for executors that are still coming, also in the place of lost ones; 0 for not at all",
+        zero_or_at_least("slots_timeout_s", 0),
+    )
     warm_pool = param(
         "warm_pool",
         "keep processes on the executors that have imported the framework, for the next fit",

@@ -21,6 +21,7 @@ def run(
     *,
     start_timeout: float = 120.0,
     stall_timeout_s: float = 600.0,
+    slots_timeout_s: float = 30.0,
     env: Mapping[str, str] | None = None,
     nics: Sequence[str] = (),
     rdma: Rdma = "auto",
@@ -47,6 +48,8 @@ def run(
     stall_timeout_s
         Seconds after which a rank that gives no sign of life (that was stopped, say) is given up, 5 at least; 0 for
         never. A function that calls :func:`hvdspark.moved_on` is also given up when it no longer does.
+    slots_timeout_s
+        Seconds to wait for executors that are still coming.
     env
         Environment variables for the ranks.
     nics
@@ -108,6 +111,7 @@ def run(
         env=dict(env or {}),
         start_timeout_s=start_timeout,
         stall_timeout_s=stall_timeout_s,
+        slots_timeout_s=slots_timeout_s,
         preload=tuple(preload),
         warm_pool=warm_pool,
         allow_insecure_transport=allow_insecure_transport,

@@ -109,12 +109,16 @@ class KerasEstimator(HorovodEstimator, Persistable):
     stall_timeout_s
         Seconds after which a rank that was stopped, or does not move on (a callback that never returns, say), is given
         up, and the ranks are started again; default 600, at least 5, 0 for never.
+    slots_timeout_s
+        Seconds to wait for executors that are still coming, before the first launch and, in the place of lost ones,
+        before the next; default 30. YARN and Kubernetes may take longer to bring one.
     max_restarts
         How often the ranks are started again, from the last checkpoint, when some of them were killed or lost; default
         3. An error that the training itself raises is not tried again.
     min_proc
-        With how few ranks the training may go on when executors were lost and, within half a minute, none have come in
-        their place; by default with ``num_proc`` only. The epoch that was interrupted begins again then.
+        With how few ranks the training may go on when executors were lost and, within ``slots_timeout_s``, none have
+        come in their place; by default with ``num_proc`` only. The epoch that was interrupted begins again then. A run
+        that a new driver goes on with may begin with as few, a new run may not.
     warm_start
         The model whose weights the training begins with, in place of those of ``model``, which must be built alike: the
         path of a saved ``KerasModel``, or of a ``PipelineModel`` with one in it; ``"runs/<id>"``, a run in the Store;
@@ -230,6 +234,7 @@ class KerasEstimator(HorovodEstimator, Persistable):
         rdma: bool | str | None = None,
         start_timeout: float | None = None,
         stall_timeout_s: float | None = None,
+        slots_timeout_s: float | None = None,
         warm_pool: bool | None = None,
         allow_insecure_transport: bool | None = None,
         backend_env: Mapping[str, str] | None = None,
@@ -265,6 +270,7 @@ class KerasEstimator(HorovodEstimator, Persistable):
             on_nan="fail",
             start_timeout=120.0,
             stall_timeout_s=600.0,
+            slots_timeout_s=30.0,
             warm_pool=True,
             allow_insecure_transport=False,
             transform_batch_size=4096,

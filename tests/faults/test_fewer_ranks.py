@@ -7,14 +7,13 @@ import time
 from functools import partial
 from pathlib import Path
 
+import faulty_fits
 import pytest
-from faulty_fits import EPOCHS, Fault, assert_same, estimator, outcome
-from hvdspark.estimators import base
+from faulty_fits import EPOCHS, Fault, assert_same, outcome
 from pyspark.sql import DataFrame, SparkSession
 
 from hvdspark import Store
-from hvdspark.errors import ParamError, WorkerFailedError
-from hvdspark.launch.options import LaunchOptions
+from hvdspark.errors import NotEnoughSlotsError, ParamError, WorkerFailedError
 from hvdspark.launch.slots import count_slots
 
 OWN_SESSION = True
@@ -42,16 +41,17 @@ def request_executors(spark: SparkSession, count: int) -> None:
     scala = spark.sparkContext._jsc.sc()
     nowhere = spark.sparkContext._jvm.org.apache.spark.api.python.PythonUtils.toScalaMap({})
     scala.requestTotalExecutors(count, 0, nowhere)
+    wait_for_slots(spark, count)
+
+
+def wait_for_slots(spark: SparkSession, count: int) -> None:
     deadline = time.monotonic() + 60
-    while count_slots(spark) < count:
+    while count_slots(spark) != count:
         assert time.monotonic() < deadline
         time.sleep(0.2)
 
 
-@pytest.fixture(autouse=True)
-def _little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wait for new executors for moments only."""
-    monkeypatch.setattr(base, "LaunchOptions", partial(LaunchOptions, slots_timeout_s=2.0))
+estimator = partial(faulty_fits.estimator, slots_timeout_s=2)
 
 
 @pytest.mark.parametrize("data", ["petastorm", "direct"])
@@ -83,6 +83,24 @@ def test_a_fit_goes_on_with_the_ranks_that_are_left(
         estimator(store, Fault(tmp_path / "again", 1, 2, 3, fail), run_id="planned", **settings).fit(df)
     planned = estimator(store, num_proc=1, run_id="planned", **settings).fit(df)
     assert_same(outcome(model), outcome(planned))
+
+
+def test_a_new_driver_goes_on_with_fewer_ranks_but_begins_nothing_with_them(
+    spark: SparkSession, df: DataFrame, store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mark = tmp_path / "mark"
+    request_executors(spark, 2)
+    with pytest.raises(WorkerFailedError):
+        estimator(store, Fault(mark, 1, 2, 3, fail), run_id="resumed").fit(df)
+    lose_an_executor(spark, mark)
+    wait_for_slots(spark, 1)
+    model = estimator(store, min_proc=1, run_id="resumed").fit(df)
+    assert "resumed: goes on with 1 ranks in place of 2" in caplog.text
+    history = model.getHistory()
+    assert len(history["loss"]) == EPOCHS
+    assert history["loss"][-1] < history["loss"][0]
+    with pytest.raises(NotEnoughSlotsError, match="needs 2 slots, the cluster can run 1 at once"):
+        estimator(store, min_proc=1, run_id="new").fit(df)
 
 
 def test_more_ranks_than_before_can_go_on_too(spark: SparkSession, df: DataFrame, store: Store, tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ GOOD: dict[str, tuple[Any, Any]] = {
     "on_nan": ("skip", "skip"),
     "start_timeout": (30, 30.0),
     "stall_timeout_s": (60, 60.0),
+    "slots_timeout_s": (300, 300.0),
     "nics": (("lo",), ["lo"]),
     "backend_env": ({"OMP_NUM_THREADS": 2}, {"OMP_NUM_THREADS": "2"}),
 }
