@@ -49,10 +49,28 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_parent(mark: str) -> None:
-    """Kill the nearest process above this rank whose command line has this in it, without a word to anybody."""
-    next(p for p in psutil.Process().parents() if mark in " ".join(p.cmdline())).kill()
+def kill_python_workers() -> None:
+    """Kill the Python workers of this rank's executor, its task among them, without a word to anybody."""
+    for worker in _daemon().children():
+        worker.kill()
     time.sleep(60)
+
+
+def kill_executor() -> None:
+    """Kill this rank's executor, without a word to anybody."""
+    _daemon().parent().kill()
+    time.sleep(60)
+
+
+def _daemon() -> psutil.Process:
+    """Find the process that starts the Python workers of this rank's executor."""
+    own = psutil.Process()
+    command = own.cmdline()
+    if "hvdspark.worker.warm" not in command:
+        return next(process for process in own.parents() if "pyspark.daemon" in process.cmdline()).parent()
+    # Forks of the warm pool are nobody's descendants, but have its command line, and that tells with what it ends.
+    place = command[command.index("hvdspark.worker.warm") + 4]
+    return psutil.Process(int(place.partition("-")[0]))
 
 
 @pytest.fixture(scope="module")

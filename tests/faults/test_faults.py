@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import re
 import signal
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 import pytest
-from faulty_fits import EPOCHS, Fault, Trained, assert_same, die, estimator, kill_parent, outcome
+from faulty_fits import EPOCHS, Fault, Trained, assert_same, die, estimator, kill_executor, kill_python_workers, outcome
 from pyspark.sql import DataFrame
 
 from hvdspark import Store
@@ -56,13 +56,13 @@ def test_one_rank_on_one_thread_goes_on_to_the_very_same_model(df: DataFrame, st
         np.testing.assert_array_equal(mine, theirs)
 
 
-@pytest.mark.parametrize("lost", ["pyspark.daemon", "CoarseGrainedExecutorBackend"])
+@pytest.mark.parametrize("warm_pool", [True, False])
+@pytest.mark.parametrize("lose", [kill_python_workers, kill_executor])
 def test_a_lost_python_worker_or_executor_is_replaced_and_the_fit_goes_on(
-    df: DataFrame, store: Store, tmp_path: Path, undisturbed: Trained, lost: str
+    df: DataFrame, store: Store, tmp_path: Path, undisturbed: Trained, lose: Callable[[], None], warm_pool: bool
 ) -> None:
-    fault = Fault(tmp_path / "mark", 1, 2, 3, partial(kill_parent, lost))
-    # A rank that is no fork of the warm pool has its executor among its parents.
-    assert_same(outcome(estimator(store, fault, warm_pool=False).fit(df)), undisturbed)
+    fault = Fault(tmp_path / "mark", 1, 2, 3, lose)
+    assert_same(outcome(estimator(store, fault, warm_pool=warm_pool).fit(df)), undisturbed)
     assert (tmp_path / "mark").exists()
 
 

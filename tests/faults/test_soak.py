@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import random
 import signal
-import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import psutil
 from clusters import own_processes
-from faulty_fits import Fault, die, estimator, kill_parent
+from faulty_fits import Fault, die, estimator, kill_executor, kill_python_workers
 from pyspark.sql import DataFrame, SparkSession
 
 from hvdspark import Store
@@ -35,17 +33,17 @@ def leave() -> None:
     os._exit(3)
 
 
-WORKER_KILLED = "its Python worker is killed"
 FAULTS: dict[str, Callable[[], None]] = {
     "the rank is killed": die,
     "the rank is stopped": stop,
     "the rank leaves": leave,
-    WORKER_KILLED: partial(kill_parent, "pyspark.daemon"),
+    "its Python worker is killed": kill_python_workers,
+    "its executor is killed": kill_executor,
 }
 
 
-def held() -> dict[str, int]:
-    """Count what a driver could leak, when what has just ended is gone."""
+def held(scratch: Path) -> dict[str, int]:
+    """Count what a driver or its executors could leak, when what has just ended is gone."""
     own = psutil.Process()
     deadline = time.monotonic() + 20
     while True:
@@ -54,9 +52,9 @@ def held() -> dict[str, int]:
             "threads": own.num_threads(),
             "listening": sum(c.status == psutil.CONN_LISTEN for c in own.net_connections()),
             "ranks": sum(p.name() in ("hvdspark-rank", "hvdspark-guard") for p, _ in own_processes()),
-            "folders": len(list(Path(tempfile.gettempdir()).glob("hvdspark-r*"))),
+            "folders": len(list(scratch.iterdir())),
         }
-        if found["ranks"] == 0 or time.monotonic() > deadline:
+        if found["ranks"] == found["folders"] == 0 or time.monotonic() > deadline:
             return found
         time.sleep(0.1)
 
@@ -64,29 +62,32 @@ def held() -> dict[str, int]:
 def test_fifty_fits_with_faults_leave_nothing(spark: SparkSession, df: DataFrame, store: Store, tmp_path: Path) -> None:
     df.write.parquet(str(tmp_path / "rows"))
     rows = spark.read.parquet(str(tmp_path / "rows"))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
     schedule = random.Random(11)
-    struck, before, memory_before = [], {}, 0
+    struck, kinds, before, memory_before = [], set(), {}, 0
     for number in range(FITS):
         name = f"fit-{number:02d}"
-        callbacks, settings = [], {"epochs": EPOCHS, "run_id": name, "stall_timeout_s": 5}
+        callbacks = []
+        settings = {"epochs": EPOCHS, "run_id": name, "stall_timeout_s": 5, "backend_env": {"TMPDIR": str(scratch)}}
         if schedule.random() < 0.25:
             kind = schedule.choice(sorted(FAULTS))
             place = schedule.randrange(2), schedule.randrange(EPOCHS), schedule.randrange(9)
             callbacks.append(Fault(tmp_path / name, *place, FAULTS[kind]))
             struck.append(name)
-            # A fork of the warm pool has its Python worker not among its parents.
-            settings["warm_pool"] = kind != WORKER_KILLED
+            kinds.add(kind)
         model = estimator(store, *callbacks, **settings).fit(rows)
         losses = model.getHistory()["loss"]
         assert len(losses) == EPOCHS
         assert losses[-1] < losses[0]
         if number == WARM_UP - 1:
-            before, memory_before = held(), psutil.Process().memory_info().rss
+            before, memory_before = held(scratch), psutil.Process().memory_info().rss
     assert len(struck) >= FITS // 6
+    assert kinds == FAULTS.keys()
     assert all((tmp_path / name).exists() for name in struck), "a fault did not happen"
 
-    after = held()
-    assert after["ranks"] == 0
+    after = held(scratch)
+    assert after["ranks"] == after["folders"] == 0
     for name, count in before.items():
         assert after[name] <= count + 3, (name, before, after)
     assert psutil.Process().memory_info().rss < memory_before + (64 << 20)
