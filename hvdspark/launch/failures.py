@@ -78,13 +78,14 @@ class Failure:
         return cls(**values, sign=None if sign is None else LifeSign(**sign))
 
     @classmethod
-    def before(cls, exc: HvdSparkError | OSError, context: RankContext) -> Failure:
-        """Describe what was wrong before the rank had its work."""
+    def before(cls, exc: HvdSparkError | OSError, context: RankContext, *, have_met: bool = True) -> Failure:
+        """Describe what was wrong before the rank had its work, and before or after the tasks had met."""
         if isinstance(exc, OSError):
             return cls(context.rank, context.host, "system", f"{type(exc).__name__}: {exc}", time=time.time())
         if isinstance(exc, RendezvousError):
-            kind: FailureKind = "unmet" if exc.is_passing else "meet"
-            return cls(context.rank, context.host, kind, str(exc), time=time.time())
+            # Who does not reach the first rank then knows why; who waits for a task that does not come, does not.
+            passing: FailureKind = "system" if have_met else "unmet"
+            return cls(context.rank, context.host, passing if exc.is_passing else "meet", str(exc), time=time.time())
         return cls(context.rank, context.host, "data", json.dumps(exc.to_plain()), time=time.time())
 
 

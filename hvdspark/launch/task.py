@@ -108,6 +108,7 @@ class Stage:
                 )
             except (HvdSparkError, OSError) as exc:
                 offer = Offer(error=str(exc), is_passing=isinstance(exc, OSError))
+            offers: list[Offer] = []
             try:
                 offers = exchange(barrier, offer, self.nonce, self._patience_s)
                 agreed = agree(peers, offers, options.controller)
@@ -124,7 +125,7 @@ class Stage:
                 place = topology.host_numbers(ranks)[context.rank]
                 host_server = self._open_host_server(agreed, place, context, scratch, stack)
             except (RendezvousError, DataError, SchemaError, OSError) as exc:
-                return ranks, Outcome(failure=Failure.before(exc, context))
+                return ranks, Outcome(failure=Failure.before(exc, context, have_met=bool(offers)))
             if context.rank == 0:
                 _note_launch(options, ranks, plan, network)
             environment = {

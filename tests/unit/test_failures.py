@@ -44,6 +44,8 @@ def test_a_failure_survives_its_way_to_the_driver() -> None:
         ([failure(0, "cut", 1, LifeSign(8)), failure(1, "died", 31)], 1),
         # One that never answered is why the others did not meet.
         ([failure(0, "unmet", 1), failure(1, "died", 16), failure(2, "unmet", 1)], 1),
+        # One that does not reach the first rank says so; that one has not heard of it, and is given up.
+        ([failure(0, "died", 46), failure(1, "system", 31)], 1),
         # A rank that died is the cause of others' waiting.
         ([failure(0, "stalled", 1, LifeSign(8, idle_s=30)), failure(1, "died", 31)], 1),
     ],
@@ -137,11 +139,11 @@ def test_a_network_that_fails_before_the_work_is_no_mistake_of_anybodys() -> Non
     with pytest.raises(RendezvousError, match="does not answer") as caught:
         Alarm(("127.0.0.1", port), "secret", 1)
     found = Failure.before(caught.value, context)
-    assert found.kind == "unmet"
+    assert found.kind == "system"
     assert found.error.startswith(f"the first rank's task does not answer at 127.0.0.1:{port}: ")
     assert Failure.before(OSError("no space"), context).kind == "system"
     assert Failure.before(RendezvousError("nics=['no'] is not there"), context).kind == "meet"
-    assert Failure.before(RendezvousError("within 60 s", is_passing=True), context).kind == "unmet"
+    assert Failure.before(RendezvousError("within 60 s", is_passing=True), context, have_met=False).kind == "unmet"
 
 
 def test_a_life_sign_tells_a_stall_only_after_the_time_allowed() -> None:
