@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import textwrap
 import threading
 import time
 import uuid
@@ -136,8 +137,8 @@ class Watch:
         self._silence_s = silence_s
         self._texts = reports_of(self._context)
         self._failed_at: float | None = None
-        self._idle_since = self._looked_at = time.monotonic()
-        self._is_waiting = False
+        self._created = self._idle_since = self._looked_at = time.monotonic()
+        self._has_begun = self._is_waiting = False
         self.given_up: list[Failure] = []
 
     def run(self, job: Callable[[], _Answer]) -> _Answer:
@@ -194,7 +195,9 @@ class Watch:
         if now - self._looked_at < _IDLE_POLL_S:
             return
         self._looked_at = now
-        if self._failed_at is not None or _running_tasks(self._context):
+        running = _running_tasks(self._context)
+        self._look_whether_begun(running, now)
+        if self._failed_at is not None or running:
             self._idle_since = now
         elif now - self._idle_since > self._start_timeout_s:
             self._cancel()
@@ -206,6 +209,18 @@ class Watch:
         elif now - self._idle_since > _WORTH_A_WORD_S and not self._is_waiting:
             self._is_waiting = True
             logger.info("waiting for Spark to begin with the ranks' tasks")
+
+    def _look_whether_begun(self, running: Mapping[int, tuple[str, int]], now: float) -> None:
+        """Say once for which jobs this one waits, where it has done so for some time."""
+        if self._has_begun or self._is_waiting:
+            return
+        own = _stages(self._context, self._tag)
+        self._has_begun = not own.isdisjoint(running)
+        if self._has_begun or not running or now - self._created < _WORTH_A_WORD_S:
+            return
+        self._is_waiting = True
+        others = ", ".join(f"{count} task{'s' * (count > 1)} of '{name}'" for name, count in running.values())
+        logger.info("waiting for slots before Spark can begin with the ranks' tasks; it runs now: %s", others)
 
     def _cancel(self) -> None:
         _quietly(lambda: self._context.cancelJobsWithTag(self._tag))
@@ -241,10 +256,24 @@ def _executors(context: SparkContext, stage: int) -> dict[int, str]:
     return {task.partitionId(): task.executorId() for task in found if task.status() == "RUNNING"}
 
 
-def _running_tasks(context: SparkContext) -> int:
-    """Count the tasks that run now, of all jobs."""
-    stages = _scala(context).statusStore().activeStages()
-    return sum(stages.apply(number).numActiveTasks() for number in range(stages.length()))
+def _running_tasks(context: SparkContext) -> dict[int, tuple[str, int]]:
+    """Return by stage what Spark's pages call it and how many of its tasks run now, of all jobs; none without any."""
+    found = _scala(context).statusStore().activeStages()
+    stages = [found.apply(number) for number in range(found.length())]
+    return {stage.stageId(): (_name(stage), stage.numActiveTasks()) for stage in stages if stage.numActiveTasks()}
+
+
+def _name(stage: Any) -> str:
+    described = stage.description()
+    text = described.get() if described.isDefined() else stage.name()
+    return textwrap.shorten(text, 80, placeholder=" …")
+
+
+def _stages(context: SparkContext, tag: str) -> set[int]:
+    """Return the numbers of the stages of the jobs with a tag."""
+    tracker = _scala(context).statusTracker()
+    infos = [tracker.getJobInfo(job) for job in tracker.getJobIdsForTag(tag)]
+    return {stage for info in infos if info.isDefined() for stage in info.get().stageIds()}
 
 
 def _scala(context: SparkContext) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,41 @@ def test_a_job_that_spark_does_not_begin_with_ends_and_says_so(
         hvdspark.run(lambda: None, num_proc=3, start_timeout=8)
     assert time.monotonic() - started < 30
     assert "waiting for Spark to begin with the ranks' tasks" in caplog.text
+
+
+def test_a_job_behind_another_says_for_which_it_waits(
+    spark: SparkSession, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="hvdspark")
+    begun, over = tmp_path / "begun", tmp_path / "over"
+
+    def hold() -> None:
+        begun.touch()
+        while not over.exists():
+            time.sleep(0.05)
+
+    def run(work: Any) -> threading.Thread:
+        thread = threading.Thread(target=hvdspark.run, args=(work,), kwargs={"num_proc": 2, "spark": spark})
+        thread.start()
+        return thread
+
+    def wait_for(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 120
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def said() -> list[str]:
+        return [line for line in caplog.messages if line.startswith("waiting for slots")]
+
+    first = run(hold)
+    wait_for(begun.exists)
+    second = run(lambda: None)
+    wait_for(lambda: bool(said()))
+    over.touch()
+    for thread in (first, second):
+        thread.join()
+    text = "waiting for slots before Spark can begin with the ranks' tasks; it runs now: 2 tasks of 'hvdspark: 2 ranks'"
+    assert said() == [text]
 
 
 def test_tasks_on_several_hosts_do_not_wait_for_one_that_does_not_come_and_their_executors_stay(
