@@ -12,6 +12,7 @@ import json
 import os
 import posixpath
 import re
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,16 @@ _OBJECT_STORES = frozenset({"s3", "gs", "gcs", "abfs", "abfss", "az", "adl", "os
 
 # How a file is called while it is being written.
 _UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.part$")
+
+# And where no file can replace another: while the one before it goes; it is read by this name meanwhile. The time is
+# when it got it, so that the last of several can be told.
+_COMING = re.compile(r"\.(\d{20})-[0-9a-f]{8}\.part$")
+
+# Who is at a step of replacing a file for longer has died. Hosts' clocks may differ by less.
+_STALE_NS = 3600 * 10**9
+
+# How often a step is tried again because another process was faster.
+_TRIES = 10
 
 _ABSENT = (FileNotFoundError, NotADirectoryError)
 
@@ -204,7 +215,7 @@ class Store:
         StoreError
             When it cannot be listed.
         """
-        names = (posixpath.basename(entry.rstrip("/")) for entry in self._entries(*parts, detail=False))
+        names = {_name_of(entry) for entry in self._entries(*parts, detail=False)}
         return sorted(name for name in names if not _UNFINISHED.search(name))
 
     def sizes(self, *parts: str) -> dict[str, int]:
@@ -215,8 +226,10 @@ class Store:
         StoreError
             When it cannot be listed.
         """
-        files = (entry for entry in self._entries(*parts, detail=True) if entry["type"] == "file")
-        return {posixpath.basename(entry["name"]): int(entry["size"]) for entry in files}
+        files = [entry for entry in self._entries(*parts, detail=True) if entry["type"] == "file"]
+        # Of several names of a file its own counts, or else the last.
+        files.sort(key=lambda entry: (_COMING.search(entry["name"]) is None, entry["name"]))
+        return {_name_of(entry["name"]): int(entry["size"]) for entry in files}
 
     def read_bytes(self, *parts: str) -> bytes:
         """Read a file.
@@ -262,6 +275,9 @@ class Store:
     def publish_bytes(self, data: bytes, *parts: str) -> None:
         """Write a file atomically, replacing one of the same name.
 
+        HDFS, as pyarrow offers it, replaces no file by another: there it is done in steps, and whoever reads meanwhile,
+        or after the writer died half-way, finds the old or the new one all the same.
+
         Raises
         ------
         StoreError
@@ -279,7 +295,7 @@ class Store:
                 with self._create(beside) as file:
                     file.write(data)
                     _sync(file)
-                self._rename(beside, target)
+                self._replace(beside, target)
             except BaseException:
                 self._discard(beside)
                 raise
@@ -324,12 +340,9 @@ class Store:
             raise ParamError("name what to delete: the Store itself is never deleted", param="parts")
         path = self.path(*parts)
         with self._named("delete", *parts):
-            try:
-                self._fs.rm(path, recursive=True)
-            except OSError:
-                # HDFS has no word for what is absent.
-                if self._is_there(path):
-                    raise
+            for coming in self._coming(path) if self._replaces_in_steps else ():
+                self._remove(coming)
+            self._remove(path)
 
     def delete_if_empty(self, *parts: str) -> None:
         """Remove a folder that has nothing in it; one that is not empty, or absent, stays as it is.
@@ -391,7 +404,19 @@ class Store:
     def _is_hdfs(self) -> bool:
         return "hdfs" in _protocols(self._fs)
 
+    @property
+    def _replaces_in_steps(self) -> bool:
+        """Whether the file system, such as HDFS, renames no file to the name of another, see `_replace`."""
+        return not (self.is_local or self._is_object_store)
+
     def _content(self, path: str) -> bytes:
+        for _ in range(_TRIES if self._replaces_in_steps else 0):
+            with contextlib.suppress(*_ABSENT):
+                return bytes(self._fs.cat_file(path))
+            with contextlib.suppress(*_ABSENT, IndexError):
+                return bytes(self._fs.cat_file(self._coming(path)[-1]))
+            if not self._is_there(path):
+                break
         try:
             return bytes(self._fs.cat_file(path))
         except OSError as exc:
@@ -405,15 +430,27 @@ class Store:
         try:
             if self.is_local:
                 Path(path).stat()
-            elif self._is_hdfs and posixpath.basename(path):
-                # pyarrow says of all that it cannot look up there that it is absent, also while nobody answers.
-                beside = self._fs.ls(posixpath.dirname(path), detail=False)
-                return posixpath.basename(path) in {posixpath.basename(entry.rstrip("/")) for entry in beside}
             else:
                 self._fs.info(path)
         except _ABSENT:
-            return False
+            # It may be about to be replaced. And pyarrow says of all that it cannot look up on HDFS that it is absent,
+            # also while nobody answers; to list a folder is an error then.
+            return self._replaces_in_steps and posixpath.basename(path) in map(_name_of, self._names_beside(path))
         return True
+
+    def _names_beside(self, path: str) -> set[str]:
+        """Return the names in the folder of a file, also of files that are being written."""
+        try:
+            found = self._fs.ls(posixpath.dirname(path), detail=False)
+        except _ABSENT:
+            return set()
+        return {posixpath.basename(entry.rstrip("/")) for entry in found}
+
+    def _coming(self, path: str) -> Sequence[str]:
+        """Return the files that are to replace one, the last at the end."""
+        names = self._names_beside(path) - {posixpath.basename(path)}
+        found = sorted(name for name in names if _name_of(name) == posixpath.basename(path))
+        return [posixpath.join(posixpath.dirname(path), name) for name in found]
 
     def _make_folders(self, path: str) -> None:
         """Make a folder and those above it that are missing."""
@@ -445,14 +482,47 @@ class Store:
                 return ()
         return found
 
-    def _rename(self, source: str, target: str) -> None:
+    def _replace(self, source: str, target: str) -> None:
+        """Give a file its name, which another one may have; whoever reads it meanwhile finds one of the two."""
         if self.is_local:
             # fsspec's own move is shutil.move, which copies where a rename is refused.
             Path(source).replace(target)
-        else:
-            if self._fs.exists(target):
-                self._fs.rm_file(target)
+            return
+        others = self._coming(target)
+        if not others and not self._is_there(target):
             self._fs.mv(source, target)
+            return
+        coming = f"{target}.{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.part"  # see _COMING
+        self._fs.mv(source, coming)
+        self._remove(target)
+        self._rename(coming, target)
+        for other in others:
+            found = _COMING.search(other)
+            if found and time.time_ns() - int(found[1]) > _STALE_NS:
+                self._remove(other)
+
+    def _rename(self, source: str, target: str) -> None:
+        for left in reversed(range(_TRIES)):
+            try:
+                self._fs.mv(source, target)
+            except OSError:
+                if not left:
+                    raise
+            else:
+                return
+
+    def _remove(self, path: str) -> None:
+        for left in reversed(range(_TRIES if self._replaces_in_steps else 1)):
+            try:
+                self._fs.rm(path, recursive=True)
+            except OSError:
+                # HDFS has no word for what is absent; and another may just have written it.
+                is_there = posixpath.basename(path) in self._names_beside(path)
+                if is_there and not left:
+                    raise
+                if is_there:
+                    continue
+            return
 
     def _discard(self, path: str) -> None:
         with contextlib.suppress(Exception):  # what went wrong before is what is to be told
@@ -490,6 +560,10 @@ def normalized(url: str) -> str:
 def _absolute(path: str) -> str:
     # Not Path.resolve(): a link in the path may be this machine's own, and lead elsewhere on others.
     return os.path.abspath(path)  # noqa: PTH100
+
+
+def _name_of(path: str) -> str:
+    return _COMING.sub("", posixpath.basename(path.rstrip("/")))
 
 
 def _protocols(fs: fsspec.AbstractFileSystem) -> frozenset[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,18 +33,24 @@ class FolderAsHdfs(ArrowFSWrapper):  # type: ignore[misc] # fsspec has no types
     def ls(self, path: str, detail: bool = False, **kwargs: Any) -> Any:
         """List a folder; here an error is one."""
         self._reach()
-        return super().ls(path, detail=detail, **kwargs)
+        with _at_one_moment(self._strip_protocol(path)):
+            return super().ls(path, detail=detail, **kwargs)
 
     def _open(self, path: str, mode: str = "rb", block_size: Any = None, seekable: bool = True, **kwargs: Any) -> Any:
         self._reach()
         return super()._open(path, mode, block_size, seekable, **kwargs)
 
-    def mv(self, path1: str, path2: str, **kwargs: Any) -> None:
+    def mv(self, path1: str, path2: str, **_: Any) -> None:
         """Rename a file; one that has the name goes first, as the NameNode's plain rename replaces none."""
         self._reach()
         if self.fs.get_file_info(self._strip_protocol(path2)).type == FileType.File:
             self.rm_file(path2)
-        super().mv(path1, path2, **kwargs)
+        self.rename(self._strip_protocol(path1), self._strip_protocol(path2))
+
+    def rename(self, path1: str, path2: str) -> None:
+        """Rename a file to a name that none has."""
+        with _at_one_moment(str(Path(path2).parent)):
+            self.fs.move(path1, path2)
 
     def rm_file(self, path: str) -> None:
         """Remove a file; what is not there is an error without a number, as libhdfs has it."""
@@ -66,6 +74,20 @@ class FolderAsHdfs(ArrowFSWrapper):  # type: ignore[misc] # fsspec has no types
     def _reach(self) -> None:
         if not self.is_reachable:
             raise OSError(5, "HDFS: no NameNode answers")
+
+
+@contextlib.contextmanager
+def _at_one_moment(folder: str) -> Iterator[None]:
+    """Keep a folder as it is while it is listed: the NameNode does one thing after the other."""
+    if not Path(folder).is_dir():
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -234,14 +234,14 @@ KILLED = """
 import os, signal, sys
 from hvdspark import Store
 from hvdspark.aliases import AliasEntry, promote
-rename = Store._rename
+replace = Store._replace
 def killed(self, source, target):
     if target.endswith("champion.json"):
         if sys.argv[2] == "after":
-            rename(self, source, target)
+            replace(self, source, target)
         os.kill(os.getpid(), signal.SIGKILL)
-    rename(self, source, target)
-Store._rename = killed
+    replace(self, source, target)
+Store._replace = killed
 promote(Store.create(sys.argv[1]), "champion", AliasEntry("b", "/m"))
 """
 

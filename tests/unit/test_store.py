@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hadoop
 import pytest
-from hadoop import folder_as_hdfs
+from hadoop import FolderAsHdfs, folder_as_hdfs
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -296,3 +300,118 @@ def test_a_file_that_another_host_replaced_while_it_was_read_is_read_anew(
 
     monkeypatch.setattr(store.filesystem, "cat_file", cat_file)
     assert store.read_bytes("a") == b"new"
+
+
+class Killed(BaseException):
+    """What a process that is killed does not notice."""
+
+
+class DyingHdfs(FolderAsHdfs):
+    """Dies before one of the steps that change something."""
+
+    steps_left = 10**9
+
+    def step(self) -> None:
+        type(self).steps_left -= 1
+        if self.steps_left < 0:
+            raise Killed
+
+    def rename(self, path1: str, path2: str) -> None:
+        self.step()
+        super().rename(path1, path2)
+
+    def rm_file(self, path: str) -> None:
+        self.step()
+        super().rm_file(path)
+
+
+@pytest.mark.parametrize("step", range(6))
+@pytest.mark.parametrize("again", [None, 0, 1, 2, 3, 4])
+def test_a_writer_that_dies_at_any_step_loses_no_file(tmp_path: Path, step: int, again: int | None) -> None:
+    with folder_as_hdfs(DyingHdfs):
+        store = Store.create(f"hdfs://host{tmp_path}/store")
+        DyingHdfs.steps_left = 10**9
+        store.publish_bytes(b"1", "aliases/champion.json")
+        store.publish_bytes(b"22", "aliases/champion.json")
+        found, written = b"22", b"22"
+        for content, left in ((b"333", step), (b"4444", again)):
+            if left is None:
+                continue
+            DyingHdfs.steps_left = left
+            try:
+                store.publish_bytes(content, "aliases/champion.json")
+                written = content
+            except Killed:
+                pass
+            DyingHdfs.steps_left = 10**9
+            before, found = found, store.read_bytes("aliases/champion.json")
+            assert found in {before, written, content}
+            assert store.exists("aliases/champion.json")
+            assert store.find_bytes("aliases/champion.json") == found
+            assert store.list("aliases") == ["champion.json"]
+            assert store.sizes("aliases")["champion.json"] == len(found)
+            if written == content:
+                assert found == content
+        store.publish_bytes(b"last", "aliases/champion.json")
+        assert store.read_bytes("aliases/champion.json") == b"last"
+        assert store.list("aliases") == ["champion.json"]
+        store.delete("aliases/champion.json")
+        assert store.find_bytes("aliases/champion.json") is None
+
+
+REPLACING = """
+import itertools, sys
+from hadoop import folder_as_hdfs
+from hvdspark import Store
+with folder_as_hdfs():
+    store = Store.create(sys.argv[1])
+    for number in itertools.takewhile(lambda _: not store.exists("enough"), itertools.count()):
+        store.publish_bytes(str(number).encode(), "runs/a/leases/driver.json")
+"""
+
+
+@contextlib.contextmanager
+def replacing(store: Store, writers: int) -> Iterator[Callable[[], bool]]:
+    """Have processes replace one file again and again; gives a function that says whether they are at it."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(hadoop.__file__).parent)}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", REPLACING, store.url], env=environment) for _ in range(writers)
+    ]
+    try:
+        yield lambda: all(process.poll() is None for process in processes)
+        store.publish_bytes(b"", "enough")
+        assert [process.wait(60) for process in processes] == [0] * writers
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.parametrize("writers", [1, 2])
+def test_a_file_is_there_at_every_moment_while_processes_replace_it(tmp_path: Path, writers: int) -> None:
+    with folder_as_hdfs():
+        store = Store.create(f"hdfs://host{tmp_path}/store")
+        store.publish_bytes(b"first", "runs/a/leases/driver.json")
+        seen = set[bytes | None]()
+        with replacing(store, writers) as are_at_it:
+            while len(seen) < 100 and are_at_it():
+                seen.add(store.find_bytes("runs/a/leases/driver.json"))
+                assert store.list("runs/a/leases") == ["driver.json"]
+                assert store.exists("runs/a/leases/driver.json")
+        assert None not in seen
+        assert len(seen) == 100
+
+
+def test_what_one_that_died_at_replacing_left_goes_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with folder_as_hdfs():
+        store = Store.create(f"hdfs://host{tmp_path}/store")
+        store.publish_bytes(b"old", "runs/a.json")
+        left = Path(store.path(f"runs/a.json.{'1' * 20}-0123abcd.part"))
+        left.write_bytes(b"never told to be there")
+        store.publish_bytes(b"new", "runs/a.json")
+        assert (store.read_bytes("runs/a.json"), store.list("runs")) == (b"new", ["a.json"])
+        assert left.exists()
+        monkeypatch.setattr("hvdspark.store._STALE_NS", 0)
+        left.rename(left.with_name(f"a.json.{'0' * 20}-0123abcd.part"))
+        store.publish_bytes(b"newer", "runs/a.json")
+        assert store.filesystem.names(store.path("runs")) == {"a.json"}
