@@ -32,6 +32,10 @@ _HADOOP_SCHEMES = {"s3a": "s3", "s3n": "s3", "wasb": "abfs", "wasbs": "abfs"}
 # atomic way there. Everywhere else a file is written beside its final name and then renamed.
 _OBJECT_STORES = frozenset({"s3", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "memory"})
 
+# Those of fsspec's file systems that keep listings, so that what another process changes would never be seen, and that
+# take the option not to. Others may hand it on to a client that does not know it, as SFTP's does.
+_KEEP_LISTINGS = frozenset({"s3", "gs", "gcs", "abfs", "abfss", "az", "oss", "ftp", "dbfs"})
+
 # How a file is called while it is being written.
 _UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.part$")
 
@@ -102,7 +106,7 @@ class Store:
         # A folder that must be there already, so that one which has gone is noticed, and not made anew.
         self._needed: str | None = None
         try:
-            self._fs, self._root = url_to_fs(self.url, **self._options)
+            self._fs, self._root = url_to_fs(self.url, **{**_fresh(self.url), **self._options})
         except (ValueError, ImportError) as exc:
             scheme = self.url.split("://", 1)[0]
             hint = closest(scheme, fsspec.available_protocols())
@@ -560,6 +564,11 @@ def normalized(url: str) -> str:
 def _absolute(path: str) -> str:
     # Not Path.resolve(): a link in the path may be this machine's own, and lead elsewhere on others.
     return os.path.abspath(path)  # noqa: PTH100
+
+
+def _fresh(url: str) -> dict[str, Any]:
+    """Return the option that has listings made anew, where the address's file system takes it."""
+    return {"use_listings_cache": False} if url.split("://", 1)[0] in _KEEP_LISTINGS else {}
 
 
 def _name_of(path: str) -> str:

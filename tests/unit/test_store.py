@@ -10,9 +10,11 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import hadoop
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from hadoop import FolderAsHdfs, folder_as_hdfs
 from hypothesis import given
 from hypothesis import strategies as st
@@ -415,3 +417,39 @@ def test_what_one_that_died_at_replacing_left_goes_in_the_end(tmp_path: Path, mo
         left.rename(left.with_name(f"a.json.{'0' * 20}-0123abcd.part"))
         store.publish_bytes(b"newer", "runs/a.json")
         assert store.filesystem.names(store.path("runs")) == {"a.json"}
+
+
+class ListingS3(LocalFileSystem):
+    """Keeps listings as s3fs does, on folders of this machine."""
+
+    protocol = "s3"
+
+    def ls(self, path: str, detail: bool = False, **kwargs: Any) -> Any:
+        if path not in self.dircache:
+            found = super().ls(path, detail=True, **kwargs)
+            self.dircache[path] = found
+        else:
+            found = self.dircache[path]
+        return found if detail else [entry["name"] for entry in found]
+
+    def info(self, path: Any, **kwargs: Any) -> Any:
+        if isinstance(path, str) and self._ls_from_cache(path) is not None:
+            return next(entry for entry in self._ls_from_cache(path) if entry["name"] == path)
+        return super().info(path, **kwargs)
+
+
+def test_what_another_process_wrote_is_seen(tmp_path: Path) -> None:
+    with mock.patch.dict("fsspec.registry._registry", {"s3": ListingS3}):
+        store = Store.create(f"s3://{tmp_path}")
+        (tmp_path / "runs").mkdir()
+        assert store.list("runs") == []
+        assert not store.exists("runs", "a")
+        (tmp_path / "runs" / "a").write_bytes(b"x")
+        assert store.list("runs") == ["a"]
+        assert store.sizes("runs") == {"a": 1}
+        assert store.exists("runs", "a")
+        (tmp_path / "runs" / "a").unlink()
+        assert (store.list("runs"), store.exists("runs", "a")) == ([], False)
+        # Nothing of this is said to others who use the same file system, and an option that was given counts.
+        assert store.ref().storage_options == {}
+        assert Store.create(f"s3://{tmp_path}", {"use_listings_cache": True}).filesystem.dircache.use_listings_cache
