@@ -94,7 +94,7 @@ def held(store: Store, folder: str, kind: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def held_alone(store: Store, folder: str, kind: str, timeout_s: float = STALE_S + 60) -> Iterator[None]:
+def held_alone(store: Store, folder: str, kind: str, timeout_s: float = STALE_S + 60) -> Iterator[str]:
     """Hold a lease that no other process or thread holds at the same time, for the time of a block.
 
     All announce themselves first and look for others then, so that of two at least one sees the other; who sees
@@ -106,6 +106,11 @@ def held_alone(store: Store, folder: str, kind: str, timeout_s: float = STALE_S 
         As for :func:`held`. All holders of this kind must take it by this function.
     timeout_s
         How long to wait for others; by default longer than a process that died on another host is in the way.
+
+    Yields
+    ------
+    str
+        The lease's name in the Store.
 
     Raises
     ------
@@ -119,7 +124,7 @@ def held_alone(store: Store, folder: str, kind: str, timeout_s: float = STALE_S 
         if not is_held(store, folder, kind):
             with held(store, folder, kind) as name:
                 if not is_held(store, folder, kind, but=name):
-                    yield
+                    yield name
                     return
         if time.monotonic() > deadline:
             raise StoreError(

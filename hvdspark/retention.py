@@ -224,7 +224,10 @@ def _removed(store: Store, verdict: Verdict, record: RunRecord | None) -> Verdic
         return bool(stays)
 
     try:
-        with in_progress(store, run_id):
+        with in_progress(store, run_id) as own:
+            # A job looks for any lease after it has taken its own: of the two at least one sees the other.
+            if is_held(store, run_folder(run_id), but=own):
+                return Verdict(run_id, False, "in progress")
             if not _is_as_it_was(store, run_id, record):
                 return Verdict(run_id, False, "a fit has been at it meanwhile")
             if not discard(store, run_id, is_wanted):

@@ -261,8 +261,13 @@ def is_in_progress(store: Store, run_id: str) -> bool:
 
 
 @contextlib.contextmanager
-def in_progress(store: Store, run_id: str) -> Iterator[None]:
+def in_progress(store: Store, run_id: str) -> Iterator[str]:
     """Hold the run for the time of a block, so that nobody else trains or removes it.
+
+    Yields
+    ------
+    str
+        The lease by which it is held, see :func:`~hvdspark.lease.held`.
 
     Raises
     ------
@@ -273,12 +278,12 @@ def in_progress(store: Store, run_id: str) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(held_alone(store, run_folder(run_id), _DRIVER, _CLAIM_S))
+            own = stack.enter_context(held_alone(store, run_folder(run_id), _DRIVER, _CLAIM_S))
         except StoreError as exc:
             if is_held(store, run_folder(run_id), _DRIVER):
                 raise RunInProgressError(busy(run_id), run_id=run_id) from exc
             raise
-        yield
+        yield own
 
 
 def is_removed(store: Store, run_id: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -154,6 +155,35 @@ def test_a_run_that_begins_while_gc_looks_stays(store: Store, monkeypatch: pytes
     finally:
         over.set()
         thread.join()
+
+
+def test_a_job_that_goes_on_with_a_run_while_gc_measures_it_keeps_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store, "nightly", 1.0, "interrupted")
+    job = (
+        "import sys; from hvdspark import Store; from hvdspark.lease import held\n"
+        "with held(Store.create(sys.argv[1]), 'runs/nightly', 'job'):\n"
+        "    print('held', flush=True); sys.stdin.read()\n"
+    )
+    with contextlib.ExitStack() as stack:
+
+        def looked(*arguments: Any) -> Any:
+            found = judged(*arguments)
+            command = [sys.executable, "-c", job, store.url]
+            process = stack.enter_context(
+                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            )
+            assert process.stdout is not None
+            assert process.stdout.readline() == "held\n"
+            return found
+
+        judged = retention._judged
+        monkeypatch.setattr(retention, "_judged", looked)
+        assert reasons(store, keep_last=0) == {"nightly": (False, "in progress")}
+        assert store.exists("runs/nightly/checkpoints/state-000000000001/manifest.json")
+    monkeypatch.undo()
+    assert reasons(store, keep_last=0)["nightly"][0] is True
 
 
 def test_a_run_that_was_gone_on_with_and_finished_while_gc_looked_stays(
