@@ -51,6 +51,7 @@ CASES = (
     Case("read-array", "the shard reader, 40 floats in an array column", "benchmarks.read", {"kind": "array"}),
     Case("read-scalars", "the shard reader, 40 columns of a float", "benchmarks.read", {"kind": "scalars"}),
     Case("read-images", "the shard reader, images of 3,072 bytes", "benchmarks.read", {"kind": "images"}),
+    Case("read-encoded-images", "a rank's passes over JPEG images of 224 x 224", "benchmarks.read_images"),
     Case("write-array", "writing the dataset, 40 floats in an array column", "benchmarks.write", {"kind": "array"}),
     Case("write-scalars", "writing the dataset, 40 columns of a float", "benchmarks.write", {"kind": "scalars"}),
     Case("train-gloo", "the training step over Gloo", "benchmarks.train", {"controller": "gloo"}),

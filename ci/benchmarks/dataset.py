@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 
 from benchmarks import data
 from hvdspark import Store
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 WIDTH = 40
 IMAGE_BYTES = 3072
+EDGE = 224
+DIFFERENT_IMAGES = 64
 LABEL = "label"
 
 
@@ -53,10 +57,24 @@ def _images(rows: int) -> dict[str, Any]:
     return {"x": data.binary_column(pixels), LABEL: np.zeros(rows, dtype=np.float32)}
 
 
+def _encoded_images(rows: int) -> dict[str, Any]:
+    random = np.random.default_rng(0)
+    # Blurred noise is about as hard to decode as a photograph, and few pictures are as good as many.
+    files = []
+    for _ in range(min(rows, DIFFERENT_IMAGES)):
+        coarse = random.integers(0, 256, (EDGE // 8, EDGE // 8, 3), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(coarse).resize((EDGE, EDGE), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+        files.append(file.getvalue())
+    cells = [files[row % len(files)] for row in range(rows)]
+    return {"x": pa.array(cells, pa.binary()), LABEL: np.zeros(rows, dtype=np.float32)}
+
+
 KINDS = {
     "array": Kind("40 floats in an array column", _array, ["x"]),
     "scalars": Kind("40 columns of a float", _scalars, [f"x{i}" for i in range(WIDTH)]),
     "images": Kind("images of 3,072 bytes", _images, ["x"]),
+    "encoded-images": Kind("JPEG images of 224 x 224", _encoded_images, ["x"]),
 }
 
 

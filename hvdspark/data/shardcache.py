@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from hvdspark.data.blocks import AnyBlock, Block, Blocks, row_count, size_bytes
 from hvdspark.data.capacity import free_disk_bytes, free_memory_bytes, scratch_folder
+from hvdspark.data.images import ImageBlock
 from hvdspark.plan import CacheMode, GroupRead
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,10 @@ class CacheRoom:
         left[place] -= needed_bytes
         return place
 
+    def has_memory(self, needed_bytes: int) -> bool:
+        """Tell whether so much may still be taken of the memory."""
+        return needed_bytes <= self._measure()["memory"]
+
     def _measure(self) -> dict[Place, int]:
         """Measure what is free; when the first rows come, because by then the model is in memory."""
         if self._left is None:
@@ -105,6 +110,7 @@ class ShardCache:
     """The decoded rows of a shard, column by column in one piece, in the order of the shard.
 
     A cache is empty until the first :meth:`put`, which decides where it is, and whole once all row groups are in it.
+    Encoded images are kept as pixels where these fit into memory, else as they came.
 
     Parameters
     ----------
@@ -114,12 +120,15 @@ class ShardCache:
         Where to keep the rows.
     room
         What may be taken.
+    threads
+        Threads that decode images.
     """
 
-    def __init__(self, reads: Sequence[GroupRead], mode: CacheMode, room: CacheRoom) -> None:
+    def __init__(self, reads: Sequence[GroupRead], mode: CacheMode, room: CacheRoom, threads: int = 1) -> None:
         self._offsets = [0, *itertools.accumulate(read.rows for read in reads)]
         self._mode = mode
         self._room = room
+        self._threads = threads
         self._place: Place | None = None if mode != "none" else "none"
         self._columns: dict[str, _Array | _Pieces] = {}
         self._held: set[int] = set()
@@ -168,12 +177,18 @@ class ShardCache:
         """Choose the place by the first row group that comes, and make the columns."""
         total = self._offsets[-1]
         needed_bytes = size_bytes(blocks) * total // row_count(blocks)
+        pixel_bytes = _decoded_bytes(blocks) * total // row_count(blocks)
         mappable = all(isinstance(block, np.ndarray) for block in blocks.values())
-        place = self._room.reserve(self._mode, needed_bytes, mappable=mappable)
+        # Not beside text or sparse vectors: such rows are joined anew for every window, too large a one for pixels.
+        decodes = all(isinstance(block, np.ndarray | ImageBlock) for block in blocks.values())
+        decodes &= not mappable and self._mode in ("auto", "memory") and self._room.has_memory(pixel_bytes)
+        place = self._room.reserve(self._mode, pixel_bytes if decodes else needed_bytes, mappable=mappable)
         if place == "none":
             return place
         for name, block in blocks.items():
-            if not isinstance(block, np.ndarray):
+            if isinstance(block, ImageBlock) and decodes:
+                self._columns[name] = _Pixels(name, total, block, self._threads)
+            elif not isinstance(block, np.ndarray):
                 self._columns[name] = _Pieces()
             elif place == "memory":
                 self._columns[name] = _Array(np.empty((total, *block.shape[1:]), block.dtype))
@@ -194,6 +209,27 @@ class _Array:
 
     def get(self, start: int, stop: int) -> Block:
         return self.values[start:stop]
+
+
+def _decoded_bytes(blocks: Blocks) -> int:
+    """Count the bytes that columns take once their images are pixels."""
+    return sum(
+        block.dense_row_bytes * len(block) if isinstance(block, ImageBlock) else block.nbytes
+        for block in blocks.values()
+    )
+
+
+class _Pixels(_Array):
+    """A column of encoded images, decoded in one array."""
+
+    def __init__(self, name: str, total: int, first: ImageBlock, threads: int) -> None:
+        super().__init__(np.empty((total, *first[:1].decoded(name).shape[1:]), np.uint8))
+        self._name = name
+        self._threads = threads
+
+    def put(self, start: int, stop: int, block: AnyBlock) -> None:
+        assert isinstance(block, ImageBlock)
+        block.decoded(self._name, self._threads, self.values[start:stop])
 
 
 class _File(_Array):

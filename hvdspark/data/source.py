@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hvdspark.data.blocks import Blocks, join, row_count, size_bytes, stack, take
+from hvdspark.data.images import ImageBlock
 from hvdspark.data.reader import ShardReader
 from hvdspark.data.shardcache import CacheRoom, ShardCache
 from hvdspark.plan import CacheMode, ColumnSpec, GroupRead
@@ -32,12 +33,13 @@ Window = tuple[Blocks, npt.NDArray[np.int64] | None]
 
 
 class BlockSource:
-    """The blocks of a shard, pass after pass, shuffled anew for each.
+    """The blocks of a shard, pass after pass, shuffled anew for each; encoded images come as pixels.
 
     A shuffled pass takes the row groups in random order and permutes the rows of as many of them as fill a window
-    (``SHUFFLE_WINDOW_BYTES`` of decoded rows, but at least one row group). So a shard that fits into a window comes in
-    a uniformly random order, and a larger one in as many uniformly shuffled parts as it has windows, each of row
-    groups from all over it. The windows are the same whether rows come from files or from the cache.
+    (``SHUFFLE_WINDOW_BYTES`` of rows as they are read, images encoded, but at least one row group). So a shard that
+    fits into a window comes in a uniformly random order, and a larger one in as many uniformly shuffled parts as it has
+    windows, each of row groups from all over it. The windows are the same whether rows come from files or from the
+    cache.
 
     Parameters
     ----------
@@ -78,7 +80,8 @@ class BlockSource:
         self._seed = [seed] if isinstance(seed, int) else list(seed)
         self._workers = workers
         self._stacks = dict(stacks or {})
-        self._cache = ShardCache(self._reads, cache, room or CacheRoom())
+        self._cache = ShardCache(self._reads, cache, room or CacheRoom(), workers)
+        self._read_bytes = [0] * len(self._reads)
         self._verified = False
 
     def passes(self, numbers: Sequence[int], rows: int) -> Iterator[Iterator[Blocks]]:
@@ -101,7 +104,14 @@ class BlockSource:
 
         with closing(_ahead(windows())) as found:
             for _ in numbers:
-                yield _cut(_to_mark(found), rows)
+                yield map(self._decoded, _cut(_to_mark(found), rows))
+
+    def _decoded(self, blocks: Blocks) -> Blocks:
+        """Decode images, now that there are only a few: in windows their pixels would take many times as much."""
+        return {
+            name: block.decoded(name, self._workers) if isinstance(block, ImageBlock) else block
+            for name, block in blocks.items()
+        }
 
     def _windows(self, number: int) -> Iterator[Window]:
         if not self._shuffle:
@@ -109,7 +119,7 @@ class BlockSource:
             return
         random = np.random.default_rng([*self._seed, number])
         order = [int(index) for index in random.permutation(len(self._reads))]
-        for indices, items in _filled(self._read(order)):
+        for indices, items in self._filled(order):
             permuted = random.permutation(sum(self._reads[index].rows for index in indices))
             kept = self._cache.joined(indices)
             window = (join(items), permuted) if kept is None else (kept[0], kept[1][permuted])
@@ -126,24 +136,24 @@ class BlockSource:
         reads = [self._reads[index] for index in order]
         with ShardReader(store, dataset, columns, reads, self._workers, verify=not self._verified) as reader:
             for index, blocks in zip(order, reader, strict=True):
+                self._read_bytes[index] = size_bytes(blocks)
                 yield index, self._cache.put(index, stack(blocks, self._stacks))
         self._verified = True
 
-
-def _filled(groups: Iterable[tuple[int, Blocks]]) -> Iterator[tuple[list[int], list[Blocks]]]:
-    """Gather row groups, and their numbers, until they fill a window."""
-    indices: list[int] = []
-    items: list[Blocks] = []
-    held_bytes = 0
-    for index, blocks in groups:
-        indices.append(index)
-        items.append(blocks)
-        held_bytes += size_bytes(blocks)
-        if held_bytes >= SHUFFLE_WINDOW_BYTES:
+    def _filled(self, order: Sequence[int]) -> Iterator[tuple[list[int], list[Blocks]]]:
+        """Gather row groups, and their numbers, until they fill a window by what they took when they were read."""
+        indices: list[int] = []
+        items: list[Blocks] = []
+        held_bytes = 0
+        for index, blocks in self._read(order):
+            indices.append(index)
+            items.append(blocks)
+            held_bytes += self._read_bytes[index]
+            if held_bytes >= SHUFFLE_WINDOW_BYTES:
+                yield indices, items
+                indices, items, held_bytes = [], [], 0
+        if indices:
             yield indices, items
-            indices, items, held_bytes = [], [], 0
-    if indices:
-        yield indices, items
 
 
 def _to_mark(windows: Iterator[Window | None]) -> Iterator[Window]:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from benchmarks import cases, chart, dataset, report
+from benchmarks import cases, chart, dataset, read_images, report
 from benchmarks.cases import Case
 from benchmarks.comparison import Comparison, Row, interleaved
 from benchmarks.memory import DRIVER, PeakMemory
@@ -169,7 +169,8 @@ def _pixels(path: Path, colour: str) -> int:
 
 
 def test_names_choose_cases_by_their_beginning() -> None:
-    assert [case.name for case in cases.chosen(["read", "fit"])] == ["read-array", "read-scalars", "read-images", "fit"]
+    readers = ["read-array", "read-scalars", "read-images", "read-encoded-images"]
+    assert [case.name for case in cases.chosen(["read", "fit"])] == [*readers, "fit"]
     assert cases.chosen([]) == list(cases.CASES)
     with pytest.raises(ValueError, match="no case 'reed'; the cases are: read-array, "):
         cases.chosen(["reed"])
@@ -254,7 +255,7 @@ def test_memory_is_told_by_role_and_keeps_the_peak() -> None:
     assert memory.peaks_mb["rank"] > 80 > memory.peaks_mb[DRIVER] > 1
 
 
-@pytest.mark.parametrize("kind", dataset.KINDS)
+@pytest.mark.parametrize("kind", ["array", "images", "scalars"])
 def test_the_bare_reader_finds_the_numbers_that_the_shard_reader_finds(
     kind: str, write_dataset: Callable[..., Any]
 ) -> None:
@@ -274,6 +275,20 @@ def test_the_bare_reader_finds_the_numbers_that_the_shard_reader_finds(
         bare = dataset.to_numpy(table.column(spec.name))
         assert bare.dtype == blocks[spec.name].dtype
         assert bare.tobytes() == blocks[spec.name].tobytes()
+
+
+def test_both_readers_of_encoded_images_find_all_of_them(write_dataset: Callable[..., Any]) -> None:
+    batch = pa.RecordBatch.from_pydict(dataset.KINDS["encoded-images"].make(5))
+    columns = [ColumnSpec("x", "binary", "uint8", None), ColumnSpec(dataset.LABEL, "scalar", "float32")]
+    written = write_dataset(columns, [[batch]])
+    (group,) = written.manifest.splits["train"]
+    reads = [GroupRead(group, ((0, group.rows),))]
+    found = dataset.Dataset(written.store, written.dataset, written.manifest.columns, reads)
+
+    read_images.read_bare(found.files, 5)
+    read_images.read_pass(read_images.source(found, "none"), 0, 5)
+    with pytest.raises(ValueError, match="5 of 6 images came"):
+        read_images.read_pass(read_images.source(found, "none"), 0, 6)
 
 
 def test_rows_survive_the_way_out_of_a_cases_process() -> None:

@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from column_kinds import encode
 
 from hvdspark.data import shardcache
 from hvdspark.data.blocks import Rows
+from hvdspark.data.cells import TextBlock
+from hvdspark.data.images import ImageBlock
 from hvdspark.data.shardcache import CacheRoom, ShardCache, choose_place
 from hvdspark.plan import CacheMode, GroupRead, RowGroup
 
@@ -193,3 +197,33 @@ def test_a_process_that_ends_in_any_way_leaves_nothing_on_disk(tmp_path: Path, e
 def mapped_under(folder: Path, pid: int) -> int:
     """Count the mappings of files that are, or were, in a folder."""
     return sum(str(folder) in line for line in Path(f"/proc/{pid}/maps").read_text().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("mode", "memory_bytes", "beside", "kept"),
+    [
+        ("auto", 20_000, "number", np.ndarray),
+        ("memory", 20_000, "number", np.ndarray),
+        ("auto", 10_000, "number", ImageBlock),
+        ("memory", 10_000, "number", ImageBlock),
+        ("memory", 10, "number", ImageBlock),
+        ("auto", 20_000, "text", ImageBlock),
+    ],
+)
+def test_images_are_kept_as_pixels_where_these_fit_into_memory_and_as_they_came_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: CacheMode, memory_bytes: int, beside: str, kept: type
+) -> None:
+    monkeypatch.setattr(shardcache, "free_memory_bytes", lambda: memory_bytes)
+    pixels = np.full((9, 20, 15, 3), 7, "uint8")
+    images = ImageBlock(pa.array([encode(picture, "PNG") for picture in pixels], pa.binary()), "png")
+    numbers = np.arange(9).reshape(-1, 1)
+    texts = TextBlock(pa.array([str(number) for number in range(9)]))
+    cache = ShardCache(READS, mode, CacheRoom(1, tmp_path), threads=2)
+    for index, rows in ((2, slice(7, 9)), (0, slice(0, 3)), (1, slice(3, 7))):
+        found = cache.put(index, {"image": images[rows], "beside": (numbers if beside == "number" else texts)[rows]})
+        image = found["image"]
+        assert type(image) is kept
+        np.testing.assert_array_equal(
+            image if isinstance(image, np.ndarray) else image.to_dense(None, "c"), pixels[rows]
+        )
+    assert cache.is_whole

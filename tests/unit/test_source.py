@@ -13,15 +13,18 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pytest
+from column_kinds import encode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvdspark.data import reader as reading
+from hvdspark.data import shardcache
 from hvdspark.data import source as sourcing
+from hvdspark.data.images import ImageBlock
 from hvdspark.data.partitions import TRAIN
 from hvdspark.data.shards import plan_shards, reads_of
 from hvdspark.data.source import BlockSource
-from hvdspark.errors import CorruptDatasetError
+from hvdspark.errors import CorruptDatasetError, ImageError
 from hvdspark.plan import CacheMode, ColumnSpec, GroupRead, RowGroup
 
 Write = Callable[..., Any]
@@ -312,3 +315,79 @@ def test_a_byte_that_changed_on_disk_is_found_in_the_first_pass(write_dataset: W
 
     with pytest.raises(CorruptDatasetError, match="cannot be read"):
         order_of(source(found, shuffle=True), 0)
+
+
+PICTURES = ColumnSpec("p", "binary", "uint8", None)
+
+
+def pixels_of(number: int) -> npt.NDArray[np.uint8]:
+    return np.random.default_rng(number).integers(0, 256, (5, 4, 3), dtype="uint8")
+
+
+@pytest.fixture(scope="module")
+def pictures(write_dataset: Write) -> Any:
+    """Write 60 numbered images in 30 row groups of about 400 bytes."""
+    cells = pa.array([encode(pixels_of(number), "PNG") for number in range(60)], pa.binary())
+    batch = pa.RecordBatch.from_pydict({"x": np.arange(60), "p": cells})
+    return write_dataset([X, PICTURES], [[batch]], group_bytes=2 * (len(cells[0].as_py()) + 8))
+
+
+def numbers_of(blocks: Iterable[dict[str, Any]]) -> list[int]:
+    """List the rows' numbers, having checked that each comes with its own pixels."""
+    found: list[int] = []
+    for item in blocks:
+        for number, pixels in zip(item["x"].ravel().tolist(), item["p"], strict=True):
+            np.testing.assert_array_equal(pixels, pixels_of(number))
+            found.append(number)
+    return found
+
+
+@pytest.mark.parametrize("window", [2000, 1 << 20])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_images_come_as_pixels_in_the_same_order_whatever_the_threads_and_the_cache(
+    pictures: Any, monkeypatch: pytest.MonkeyPatch, shuffle: bool, window: int
+) -> None:
+    monkeypatch.setattr(sourcing, "SHUFFLE_WINDOW_BYTES", window)
+    orders = {}
+    for cache in CACHES:
+        for workers in (1, 3):
+            found = source(pictures, shuffle=shuffle, cache=cache, workers=workers)
+            orders[cache, workers] = [numbers_of(blocks) for blocks in found.passes(range(3), 7)]
+    [first, *others] = orders.values()
+    assert all(sorted(order) == list(range(60)) for order in first)
+    assert all(other == first for other in others)
+    assert (first[0] == first[1]) is not shuffle
+
+
+@pytest.mark.parametrize(
+    ("cache", "memory_bytes", "decoded"),
+    [("auto", 1 << 30, 60), ("memory", 1 << 30, 60), ("auto", 2 * 60 * 60, 180), ("none", 1 << 30, 180)],
+)
+def test_images_are_decoded_once_where_their_pixels_fit_into_memory(
+    pictures: Any, monkeypatch: pytest.MonkeyPatch, cache: CacheMode, memory_bytes: int, decoded: int
+) -> None:
+    monkeypatch.setattr(shardcache, "free_memory_bytes", lambda: memory_bytes)
+    counts: list[int] = []
+    decode = ImageBlock._decode
+
+    def counted(self: ImageBlock, rows: Any, pixels: Any, column: str) -> None:
+        counts.append(len(rows))
+        decode(self, rows, pixels, column)
+
+    monkeypatch.setattr(ImageBlock, "_decode", counted)
+    for blocks in source(pictures, shuffle=True, cache=cache).passes(range(3), 7):
+        assert sorted(numbers_of(blocks)) == list(range(60))
+    # One more tells their shape.
+    assert sum(counts) in (decoded, decoded + 1)
+
+
+@pytest.mark.parametrize("cache", ["memory", "none"])
+def test_an_image_that_cannot_be_decoded_is_named_by_its_column_whichever_thread_meets_it(
+    write_dataset: Write, cache: CacheMode
+) -> None:
+    cells = [encode(pixels_of(number), "PNG") for number in range(40)]
+    cells[33] = cells[33][:60]
+    batch = pa.RecordBatch.from_pydict({"x": np.arange(40), "p": pa.array(cells, pa.binary())})
+    found = source(write_dataset([X, PICTURES], [[batch]]), shuffle=True, cache=cache, workers=3)
+    with pytest.raises(ImageError, match="column 'p' has a PNG image that cannot be decoded"):
+        list(map(list, found.passes([0], 40)))
