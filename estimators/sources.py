@@ -78,7 +78,7 @@ class RowSource(abc.ABC):
         draft
             The fit.
         meanwhile
-            Called before rows are written: it begins what can go on beside that, and does not wait for it.
+            Called before rows are computed: it begins what can go on beside that, and does not wait for it.
         """
 
 
@@ -143,9 +143,10 @@ class FedSource(_FrameRows):
     """
 
     @contextmanager
-    def provided(self, draft: FitDraft, meanwhile: Callable[[], None]) -> Iterator[WorkFor]:  # noqa: ARG002
+    def provided(self, draft: FitDraft, meanwhile: Callable[[], None]) -> Iterator[WorkFor]:
         """Share the rows out among the tasks of the ranks' stage."""
         self.facts = {"source": "DataFrame", "fingerprint": fingerprint(self._df)}
+        meanwhile()
         yield lambda size: fed_stage(self._df, replace(draft, size=size))
 
 

@@ -10,7 +10,7 @@ import logging
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -105,7 +105,7 @@ def warm_up(spark: SparkSession, num_proc: int, options: LaunchOptions) -> None:
     """
     if not (options.warm_pool and options.preload):
         return
-    from pyspark import BarrierTaskContext, InheritableThread
+    from pyspark import BarrierTaskContext
 
     def task(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for _ in batches:
@@ -114,14 +114,15 @@ def warm_up(spark: SparkSession, num_proc: int, options: LaunchOptions) -> None:
         pool.prewarm(options.recipe(topology.assign_ranks(peers_of(barrier))[barrier.partitionId()]))
         return iter(())
 
-    def launch() -> None:
-        try:
-            frame = spark.range(num_proc, numPartitions=num_proc)
-            _run_stage(frame, task, f"hvdspark: imports ahead of {num_proc} ranks")
-        except Exception as exc:  # noqa: BLE001 - Spark's own errors are of many kinds
-            logger.debug("no imports ahead: %s", exc)
-
-    InheritableThread(target=launch, daemon=True, session=spark).start()
+    try:
+        with _described(spark, f"hvdspark: imports ahead of {num_proc} ranks"):
+            frame = spark.range(num_proc, numPartitions=num_proc).mapInArrow(task, SCHEMA, barrier=True)
+            java: Any = frame._jdf  # of a classic session, as are all that a fit runs in
+            # It is with Spark when this returns: what comes first is run first, and these tasks find no room at once
+            # among those that write rows.
+            java.toJavaRDD().countAsync()
+    except Exception as exc:  # noqa: BLE001 - Spark's own errors are of many kinds
+        logger.debug("no imports ahead: %s", exc)
 
 
 def _run_stage(

@@ -17,10 +17,13 @@ from typing import Any
 
 import psutil
 import pytest
+from clusters import warm_parents
 from pyspark.sql import SparkSession
 
 import hvdspark
 from hvdspark.errors import HvdSparkError
+from hvdspark.launch.barrier import warm_up
+from hvdspark.launch.options import LaunchOptions
 
 OWN_SESSION = True
 
@@ -61,6 +64,16 @@ def test_without_the_pool_every_rank_is_a_process_of_its_own(spark: SparkSession
 
     found = hvdspark.run(ancestors, num_proc=2, preload=["json"], warm_pool=False)
     assert not any("hvdspark-pool" in names for names in found)
+
+
+def test_imports_ahead_do_not_wait_for_the_rows_of_many_partitions(spark: SparkSession) -> None:
+    def slow(batches: Iterable[Any]) -> Iterable[Any]:
+        time.sleep(0.3)
+        return batches
+
+    warm_up(spark, 2, LaunchOptions(preload=("json", "csv")))
+    spark.range(20, numPartitions=20).mapInArrow(slow, "id long").collect()
+    assert sum("csv" in parent.cmdline() for parent in warm_parents()) == 2
 
 
 @pytest.fixture
