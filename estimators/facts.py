@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hvdspark.data.planning import FitDraft
-from hvdspark.history import TENSORBOARD, TIMELINE
+from hvdspark.layout import TENSORBOARD, TIMELINE
 from hvdspark.metrics import best_place
 from hvdspark.plan import ColumnSpec, FitPlan, TrainResult
 from hvdspark.runs import run_folder

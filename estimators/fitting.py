@@ -44,6 +44,7 @@ from hvdspark.launch.options import LaunchOptions
 from hvdspark.launch.slots import await_slots, check_slots, count_slots
 from hvdspark.launch.transport import check_transport
 from hvdspark.lease import is_held
+from hvdspark.plain import to_json
 from hvdspark.plan import BatchSpec, ColumnSpec, FitPlan, TrainResult
 from hvdspark.predict import scored_schema
 from hvdspark.recording import Recording, recorded
@@ -51,7 +52,6 @@ from hvdspark.retention import discard
 from hvdspark.runs import (
     JOB,
     busy,
-    finite_only,
     in_progress,
     is_in_progress,
     is_removed,
@@ -223,7 +223,7 @@ class Fit:
         record = stored_record(store, self._run_id)
         if record is None or not record.params:
             return
-        now = json.loads(json.dumps(finite_only(params_of(self._estimator))))
+        now = json.loads(to_json(params_of(self._estimator)))
         for param in self._estimator.params:
             before, value = record.params.get(param.name), now.get(param.name)
             if before != value and param.name not in OPERATIONAL | SCORING:

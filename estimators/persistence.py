@@ -25,7 +25,7 @@ from pyspark.ml.param import Params
 from pyspark.ml.util import DefaultParamsReader, DefaultParamsWriter, MLReadable, MLReader, MLWritable, MLWriter
 from pyspark.sql import SparkSession
 
-from hvdspark.errors import ModelFormatError
+from hvdspark.errors import ModelFormatError, first_line
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -135,9 +135,7 @@ class FilesReader(MLReader[Any]):
         except AnalysisException:
             raise
         except (ValueError, TypeError, PySparkException, Py4JJavaError) as exc:
-            raise ModelFormatError(
-                f"{path}/metadata is damaged, or Spark ML did not write it: {_first_line(exc)}"
-            ) from exc
+            raise ModelFormatError(f"{path}/metadata is damaged, or Spark ML did not write it: {_cause(exc)}") from exc
         if not isinstance(found, dict):
             raise ModelFormatError(f"{path}/metadata holds a {type(found).__name__}, no JSON object")
         return found
@@ -172,7 +170,7 @@ def read_file(spark: SparkSession, path: str) -> bytes:
         try:
             filesystem.copyToLocalFile(False, source, _path(spark, local.as_uri()), True)
         except Py4JJavaError as exc:
-            raise ModelFormatError(f"{path} cannot be read: {_first_line(exc)}") from exc
+            raise ModelFormatError(f"{path} cannot be read: {_cause(exc)}") from exc
         return local.read_bytes()
 
 
@@ -184,12 +182,11 @@ def list_folder(spark: SparkSession, path: str) -> list[str]:
             return []
         return sorted(str(entry.getPath().getName()) for entry in filesystem.listStatus(folder))
     except Py4JJavaError as exc:
-        raise ModelFormatError(f"{path} cannot be read: {_first_line(exc)}") from exc
+        raise ModelFormatError(f"{path} cannot be read: {_cause(exc)}") from exc
 
 
-def _first_line(exc: Exception) -> str:
-    text = str(exc.java_exception) if isinstance(exc, Py4JJavaError) else str(exc)
-    return next(iter(text.strip().splitlines()), type(exc).__name__)
+def _cause(exc: Exception) -> str:
+    return first_line(exc.java_exception if isinstance(exc, Py4JJavaError) else exc)
 
 
 def _hadoop(spark: SparkSession, path: str) -> tuple[Any, Any]:

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hvdspark.errors import ParamError, StoreError
+from hvdspark.history import EpochRecord, read_history
 from hvdspark.plan import TrainResult
 from hvdspark.recording import Recording, first_line
 from hvdspark.registry import flatten
-from hvdspark.runs import epochs_of, numbers
 from hvdspark.store import Store
 
 if TYPE_CHECKING:
@@ -92,15 +92,14 @@ class MlflowTracking(Tracking):
             self._log("metrics", lambda batch=batch: self._client.log_batch(self._mlflow_run_id, metrics=batch))
 
     def _epochs(self, history: Mapping[str, Sequence[float]]) -> Iterator[tuple[int, float, Mapping[str, float]]]:
-        written: Sequence[Mapping[str, Any]] = ()
+        written: Sequence[EpochRecord] = ()
         try:
-            written = epochs_of(self._store, self._recording.record.run_id)
+            written = read_history(self._store, self._recording.record.run_id)
         except StoreError as exc:
             logger.warning("%s: MLflow gets no times of epochs: %s", self._recording.record.run_id, exc)
         if written:
             for epoch in written:
-                ended = epoch.get("started", 0.0) + epoch.get("seconds", 0.0) + (epoch.get("validation_s") or 0.0)
-                yield epoch["epoch"], ended, numbers(epoch["metrics"])
+                yield epoch.epoch, epoch.started + epoch.seconds + (epoch.validation_s or 0.0), epoch.metrics
             return
         for place in range(max(map(len, history.values()), default=0)):
             values = {name: float(found[place]) for name, found in history.items() if place < len(found)}

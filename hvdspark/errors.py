@@ -343,6 +343,11 @@ class ModelFormatError(HvdSparkError):
     """A model or an estimator cannot be saved or loaded."""
 
 
+def first_line(exc: object) -> str:
+    """Return the first line of an error's message; its class where there is none."""
+    return next(iter(str(exc).strip().splitlines()), type(exc).__name__)
+
+
 def closest(name: str, candidates: Iterable[str]) -> str:
     """Return ``' Did you mean 'x'?'`` for the best match among the candidates, or an empty string."""
     matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)

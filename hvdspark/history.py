@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import math
 import posixpath
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self, TypeVar
 
 from hvdspark.errors import StoreError
-from hvdspark.runs import HISTORY, run_folder
+from hvdspark.layout import HISTORY, PROGRESS, run_folder
+from hvdspark.plain import finite_only, numbers, to_json
 from hvdspark.store import Store
-
-# Folders of a run.
-TENSORBOARD, TIMELINE = "tensorboard", "timeline"
-
-_PROGRESS = "progress.json"
 
 # The parts of a rank's time, and what people call them.
 _PARTS = {"data_wait_s": "data wait", "allreduce_s": "allreduce", "compute_s": "compute"}
@@ -105,13 +99,13 @@ class EpochRecord:
     def to_plain(self) -> dict[str, Any]:
         """Describe the record by JSON values."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        metrics = {name: _finite(value) for name, value in self.metrics.items()}
-        return {**values, "metrics": metrics, "ranks": [asdict(times) for times in self.ranks]}
+        plain: dict[str, Any] = finite_only({**values, "ranks": [vars(times) for times in self.ranks]})
+        return plain
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> Self:
         """Read what :meth:`to_plain` made; raises ``KeyError``, ``TypeError`` or ``ValueError`` for anything else."""
-        metrics = {str(name): _number(value) for name, value in values["metrics"].items()}
+        metrics = numbers(values["metrics"])
         ranks = tuple(RankTimes(**_known(RankTimes, times)) for times in values["ranks"])
         return cls(**{**_known(cls, values), "metrics": metrics, "ranks": ranks})
 
@@ -146,13 +140,13 @@ class Progress:
 
     def to_plain(self) -> dict[str, Any]:
         """Describe it by JSON values."""
-        metrics = {name: _finite(value) for name, value in self.metrics.items()}
-        return {**asdict(self), "loss": _finite(self.loss), "metrics": metrics}
+        plain: dict[str, Any] = finite_only(asdict(self))
+        return plain
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> Self:
         """Read what :meth:`to_plain` made; raises ``KeyError``, ``TypeError`` or ``ValueError`` for anything else."""
-        metrics = {str(name): _number(value) for name, value in values.get("metrics", {}).items()}
+        metrics = numbers(values.get("metrics", {}))
         return cls(**{**_known(cls, values), "metrics": metrics})
 
 
@@ -163,7 +157,7 @@ def write_history(store: Store, run_id: str, epochs: Sequence[EpochRecord]) -> N
 
 def write_progress(store: Store, run_id: str, progress: Progress) -> None:
     """Replace what is said of a run's progress; raises :class:`StoreError` when it cannot be written."""
-    _write(store, run_id, _PROGRESS, progress.to_plain())
+    _write(store, run_id, PROGRESS, progress.to_plain())
 
 
 def read_history(store: Store, run_id: str) -> tuple[EpochRecord, ...]:
@@ -185,7 +179,7 @@ def read_progress(store: Store, run_id: str) -> Progress | None:
     StoreError
         When there is something else in the file.
     """
-    return _read(store, run_id, _PROGRESS, Progress.from_plain)
+    return _read(store, run_id, PROGRESS, Progress.from_plain)
 
 
 def by_metric(epochs: Sequence[EpochRecord]) -> dict[str, list[float]]:
@@ -237,7 +231,7 @@ def _records(values: Mapping[str, Any]) -> list[EpochRecord]:
 
 
 def _write(store: Store, run_id: str, name: str, values: Mapping[str, Any]) -> None:
-    store.publish_bytes(json.dumps(values).encode(), _place(run_id, name))
+    store.publish_bytes(to_json(values).encode(), _place(run_id, name))
 
 
 def _read(store: Store, run_id: str, name: str, make: Callable[[Mapping[str, Any]], Found]) -> Found | None:
@@ -259,12 +253,3 @@ def _known(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out what a later version may have added."""
     names = {item.name for item in fields(cls)}
     return {name: value for name, value in values.items() if name in names}
-
-
-def _finite(value: float | None) -> float | None:
-    """Return what JSON can hold: it has no word for NaN and infinity."""
-    return value if value is not None and math.isfinite(value) else None
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)

@@ -11,6 +11,7 @@ from dataclasses import asdict, fields, replace
 from typing import Any
 
 from hvdspark.errors import HvdSparkError, StageLostError, StoreError
+from hvdspark.plain import to_json
 from hvdspark.plan import RankContext
 from hvdspark.runs import (
     GONE,
@@ -194,7 +195,7 @@ def _earlier(store: Store, run_id: str, *, with_facts: bool) -> dict[str, Any]:
 
 def _write(store: Store, record: RunRecord) -> None:
     try:
-        store.publish_bytes(json.dumps(record.to_json()).encode(), record_place(record.run_id))
+        store.publish_bytes(to_json(record.to_json()).encode(), record_place(record.run_id))
     except (OSError, StoreError) as exc:
         # What is trained is worth more than the note of it.
         logger.warning("cannot record that %s is %s: %s", record.run_id, record.state, exc)

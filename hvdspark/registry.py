@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -11,8 +12,9 @@ from typing import Any
 
 from hvdspark.aliases import runs_in_use
 from hvdspark.errors import ParamError, StoreError, closest
+from hvdspark.history import EpochRecord, read_history
 from hvdspark.metrics import Mode, best_place, rises
-from hvdspark.runs import HELD_OUT, RunRecord, epochs_of, read_record, require_run, run_folder, run_names
+from hvdspark.runs import HELD_OUT, RunRecord, read_record, require_run, run_folder, run_names
 from hvdspark.store import Store
 
 # Records are small, and may be far away: what counts is to ask for many at once.
@@ -31,7 +33,7 @@ class RunDetails:
     record
         What its driver noted.
     epochs
-        The entries of its ``history.json``, as they were written.
+        What its ranks measured; empty where that is damaged.
     aliases
         Those that refer to it, or can be rolled back to it.
     size_bytes
@@ -39,7 +41,7 @@ class RunDetails:
     """
 
     record: RunRecord
-    epochs: tuple[Mapping[str, Any], ...]
+    epochs: tuple[EpochRecord, ...]
     aliases: tuple[str, ...]
     size_bytes: int
 
@@ -91,10 +93,12 @@ def show_run(store: Store, run_id: str) -> RunDetails:
     StoreError
         When the Store cannot be read.
     """
-    record = require_run(store, run_id)
+    record, epochs = require_run(store, run_id), tuple[EpochRecord, ...]()
+    with contextlib.suppress(StoreError):
+        epochs = read_history(store, run_id)
     return RunDetails(
         record=record,
-        epochs=epochs_of(store, run_id),
+        epochs=epochs,
         aliases=runs_in_use(store).get(run_id, ()),
         size_bytes=int(store.filesystem.du(store.path(run_folder(run_id)))),
     )

@@ -17,11 +17,14 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from hvdspark.errors import ParamError, RunInProgressError, StoreError, closest
+from hvdspark.history import read_history
+from hvdspark.layout import RUNS as RUNS
+from hvdspark.layout import run_folder as run_folder
 from hvdspark.lease import held_alone, is_held
+from hvdspark.plain import finite_only, numbers
 from hvdspark.store import Store
 
-RUNS = "runs"
-RECORD, LAUNCH, HISTORY = "run.json", "launch.json", "history.json"
+RECORD, LAUNCH = "run.json", "launch.json"
 # Of the trained model's file, without the suffix of its format.
 MODEL = "model"
 # What a job keeps in its run's folder: the fitted stages before the training, and all stages with the model.
@@ -176,11 +179,6 @@ class RunRecord:
         return plain
 
 
-def run_folder(run_id: str) -> str:
-    """Return the folder of a run, relative to the Store."""
-    return posixpath.join(RUNS, run_id)
-
-
 def log_folder(run_id: str, attempt: int = 1) -> str:
     """Return where the ranks of an attempt, counted from 1, write their logs."""
     first = posixpath.join(run_folder(run_id), "logs")
@@ -296,17 +294,6 @@ def busy(run_id: str) -> str:
     return f"run_id='{run_id}' is being trained by another fit; wait for it, or give another one"
 
 
-def finite_only(value: Any) -> Any:
-    """Return JSON values with ``None`` for numbers that are not finite, and lists for tuples."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(name): finite_only(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite_only(item) for item in value]
-    return value
-
-
 def closed(record: RunRecord, ended: float | None, cause: str | None = GONE) -> RunRecord:
     """Return the record with its last attempt ended, where that had not been."""
     if not record.attempts or record.attempts[-1].ended is not None or record.attempts[-1].cause is not None:
@@ -326,33 +313,12 @@ def with_traces(store: Store, record: RunRecord) -> RunRecord:
     counted = {name: launch[name] for name in ("rows", "val_rows") if isinstance(launch.get(name), int)}
     if counted:
         record = replace(record, data={**record.data, **counted})
-    epochs = () if record.metrics else epochs_of(store, record.run_id)
-    if epochs:
-        record = replace(record, metrics=numbers(epochs[-1]["metrics"]), epoch=epochs[-1]["epoch"])
+    if not record.metrics:
+        # A record is worth showing though its history is damaged.
+        with contextlib.suppress(StoreError):
+            for epoch in read_history(store, record.run_id)[-1:]:
+                record = replace(record, metrics=epoch.metrics, epoch=epoch.epoch)
     return record
-
-
-def epochs_of(store: Store, run_id: str) -> tuple[Mapping[str, Any], ...]:
-    """Return the entries of a run's ``history.json`` as they were written; those that make no sense are left out.
-
-    Each has the keys ``epoch``, counted from 1, and ``metrics`` at least.
-    """
-    found = (store.read_json(run_folder(run_id), HISTORY) or {}).get("epochs")
-    return tuple(entry for entry in found if _is_epoch(entry)) if isinstance(found, list) else ()
-
-
-def _is_epoch(entry: Any) -> bool:
-    return (
-        isinstance(entry, dict)
-        and isinstance(entry.get("epoch"), int)
-        and isinstance(entry.get("metrics"), dict)
-        and all(isinstance(value, int | float | None) for value in entry["metrics"].values())
-    )
-
-
-def numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """Read metrics from JSON, which has ``None`` for what is not finite."""
-    return {name: math.nan if value is None else float(value) for name, value in values.items()}
 
 
 def stored_record(store: Store, run_id: str) -> RunRecord | None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Self
 
 from hvdspark.errors import StoreError
+from hvdspark.plain import numbers, to_json
 from hvdspark.runs import NOTES, RESULT, run_folder
 from hvdspark.store import Store
 
@@ -64,7 +63,7 @@ class JobResult:
 
     def to_json(self) -> str:
         """Return it as one line of JSON; numbers that JSON lacks become ``null``."""
-        return json.dumps(_finite(asdict(self)), ensure_ascii=False)
+        return to_json(asdict(self), ensure_ascii=False)
 
     def publish(self, store: Store) -> None:
         """Leave it in the run's folder; a Store that cannot take it is a warning."""
@@ -119,18 +118,16 @@ class Notes:
         """Return the notes of a run; ``None`` where there are none, or none that make sense; errors as for reading."""
         values = store.read_json(run_folder(run_id), NOTES)
         try:
-            return None if values is None else cls(**values)
-        except TypeError:
+            return None if values is None else cls(**values)._with_numbers()
+        except (TypeError, ValueError, AttributeError):
             return None
+
+    def _with_numbers(self) -> Self:
+        metrics = None if self.metrics is None else numbers(self.metrics)
+        return replace(self, training=numbers(self.training), metrics=metrics)
 
     def with_(self, store: Store, run_id: str, **changes: Any) -> Self:
         """Write down how far it is now; raises :class:`StoreError` where that cannot be."""
         changed = replace(self, **changes)
-        store.publish_bytes(json.dumps(asdict(changed)).encode(), run_folder(run_id), NOTES)
+        store.publish_bytes(to_json(asdict(changed)).encode(), run_folder(run_id), NOTES)
         return changed
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -12,7 +12,7 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from hvdspark.data.columns import find_field
-from hvdspark.errors import DataError, EmptyDatasetError, ParamError
+from hvdspark.errors import DataError, EmptyDatasetError, ParamError, first_line
 
 Bound = str | int | float
 
@@ -35,7 +35,7 @@ def read_rows(session: SparkSession, source: Input) -> DataFrame:
     try:
         rows = _read(session, source)
     except AnalysisException as exc:
-        raise DataError(f"cannot read the input {_name(source)}: {_first_line(exc)}") from exc
+        raise DataError(f"cannot read the input {_name(source)}: {first_line(exc)}") from exc
     except PySparkException as exc:
         raise DataError(f"cannot read the input {_name(source)}: {exc}") from exc
     return rows if source.window is None else _within(rows, source.window)
@@ -139,7 +139,3 @@ def _name(source: Input) -> str:
 
 def _quoted(name: str) -> str:
     return "`" + name.replace("`", "``") + "`"
-
-
-def _first_line(exc: Exception) -> str:
-    return str(exc).strip().partition("\n")[0]

@@ -45,6 +45,7 @@ from hvdspark.errors import (
     StoreError,
 )
 from hvdspark.lease import held, is_held
+from hvdspark.plain import numbers
 from hvdspark.plan import ModelTensor
 from hvdspark.recording import Recording, record_stillborn, recorded
 from hvdspark.registry import flatten
@@ -56,7 +57,6 @@ from hvdspark.runs import (
     RESULT,
     in_progress,
     is_removed,
-    numbers,
     published_model,
     read_record,
     run_folder,

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hvdspark.errors import ModelFormatError, ParamError
+from hvdspark.errors import ModelFormatError, ParamError, first_line
 from hvdspark.plan import ModelTensor
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def model_from_bytes(
         except Exception as exc:  # whatever Keras makes of a file that is damaged, or was never a model
             what = f"the model of {origin}" if origin else "the model"
             raise ModelFormatError(
-                f"Keras cannot load {what}: {_first_line(exc)} Give classes and functions of your own as"
+                f"Keras cannot load {what}: {_sentence(exc)} Give classes and functions of your own as"
                 " custom_objects={'name': object}, register them with @keras.saving.register_keras_serializable(), or"
                 " load within keras.saving.custom_object_scope(). A model with Lambda layers holds code and loads only"
                 " with safe_mode=False, if you trust its source."
@@ -163,7 +163,7 @@ def to_config(value: Any) -> Any:
         return {"settings": {**config, "values": settings}} if settings else config
     except (TypeError, ValueError, NotImplementedError) as exc:
         raise ParamError(
-            f"{value!r} cannot be turned into a Keras configuration: {_first_line(exc)} Give a name, a Keras object"
+            f"{value!r} cannot be turned into a Keras configuration: {_sentence(exc)} Give a name, a Keras object"
             " with get_config(), or a function.",
             param=type(value).__name__,
         ) from exc
@@ -190,7 +190,7 @@ def from_config(config: Any, custom_objects: Mapping[str, Any] | None = None) ->
         # Safe mode is what Keras takes by default; here it must not depend on that.
         return keras.saving.deserialize_keras_object(content, custom_objects=dict(custom_objects or {}), safe_mode=True)
     except Exception as exc:  # whatever Keras makes of a configuration that is none
-        raise ModelFormatError(f"Keras cannot make an object of a saved configuration: {_first_line(exc)}") from exc
+        raise ModelFormatError(f"Keras cannot make an object of a saved configuration: {_sentence(exc)}") from exc
 
 
 def _function(name: str, custom_objects: Mapping[str, Any]) -> Any:
@@ -273,6 +273,5 @@ def _tensors(model: keras.Model, side: str) -> tuple[ModelTensor, ...] | None:
     )
 
 
-def _first_line(exc: Exception) -> str:
-    lines = str(exc).strip().splitlines()
-    return lines[0].rstrip(".") + "." if lines else type(exc).__name__
+def _sentence(exc: Exception) -> str:
+    return first_line(exc).rstrip(".") + "."

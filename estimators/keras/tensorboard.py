@@ -13,7 +13,7 @@ import keras
 import tensorflow as tf
 
 from hvdspark.errors import StoreError
-from hvdspark.history import TENSORBOARD
+from hvdspark.layout import TENSORBOARD
 from hvdspark.runs import run_folder
 from hvdspark.store import Store
 from hvdspark.worker.reporter import Reporter

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -12,11 +11,15 @@ from typing import Any, cast
 import click
 
 from hvdspark.cli.options import json_option, opened, store_option
-from hvdspark.cli.tables import duration, size, table, value, when
+from hvdspark.cli.tables import table, value, when
+from hvdspark.history import by_metric
+from hvdspark.launch.memory import show_bytes
 from hvdspark.metrics import Mode
+from hvdspark.plain import to_json
 from hvdspark.registry import Table, best_run, compare_runs, flatten, list_runs, show_run
+from hvdspark.report.words import duration
 from hvdspark.retention import gc_runs
-from hvdspark.runs import RunRecord, finite_only
+from hvdspark.runs import RunRecord
 
 _AGE = re.compile(r"(\d+(?:\.\d+)?)([smhdw])")
 _CAUSE_WIDTH = 60
@@ -70,7 +73,8 @@ def show(url: str, as_json: bool, run_id: str) -> None:
         details = show_run(store, run_id)
     record = details.record
     if as_json:
-        more = {"history": details.epochs, "aliases": details.aliases, "size_bytes": details.size_bytes}
+        history = [epoch.to_plain() for epoch in details.epochs]
+        more = {"history": history, "aliases": details.aliases, "size_bytes": details.size_bytes}
         _print_json({**record.to_json(), **more})
         return
     attempts = [
@@ -86,7 +90,7 @@ def show(url: str, as_json: bool, run_id: str) -> None:
         "attempts": attempts,
         "promoted": _promoted(record),
         "aliases": list(details.aliases),
-        "size": size(details.size_bytes),
+        "size": show_bytes(details.size_bytes),
         "hosts": [f"rank {place.rank}: {place.host}, local rank {place.local_rank}" for place in record.hosts],
         "network": record.network,
         "mlflow": record.mlflow_run_id or "",
@@ -104,10 +108,8 @@ def show(url: str, as_json: bool, run_id: str) -> None:
     _section("parameters", flatten(record.params))
     _section("versions", record.versions)
     if details.epochs:
-        names = list(dict.fromkeys(name for epoch in details.epochs for name in epoch["metrics"]))
-        rows = [
-            [str(epoch["epoch"]), *(value(epoch["metrics"].get(name)) for name in names)] for epoch in details.epochs
-        ]
+        names = list(by_metric(details.epochs))
+        rows = [[str(epoch.epoch), *(value(epoch.metrics.get(name)) for name in names)] for epoch in details.epochs]
         click.echo("\nhistory\n" + _indented(table(["EPOCH", *names], rows)))
 
 
@@ -120,7 +122,7 @@ def compare(url: str, as_json: bool, run_ids: tuple[str, ...]) -> None:
     with opened(url) as store:
         found = compare_runs(store, run_ids)
     if as_json:
-        _print_json(finite_only(asdict(found)))
+        _print_json(asdict(found))
         return
     click.echo(
         table(["", *found.run_ids], _rows(found.metrics, found.run_ids) or [["no metrics", *[""] * len(found.run_ids)]])
@@ -180,7 +182,7 @@ def gc(url: str, as_json: bool, keep_last: int | None, older_than_s: float | Non
         [
             verdict.run_id,
             done if verdict.removed else "stays",
-            size(verdict.size_bytes) if verdict.removed else "",
+            show_bytes(verdict.size_bytes) if verdict.removed else "",
             verdict.reason,
         ]
         for verdict in verdicts
@@ -188,7 +190,7 @@ def gc(url: str, as_json: bool, keep_last: int | None, older_than_s: float | Non
     if rows:
         click.echo(table(["RUN", "", "SIZE", "REASON"], rows))
     gone = [verdict.size_bytes for verdict in verdicts if verdict.removed]
-    click.echo(f"{len(gone)} of {len(verdicts)} runs {done}, {size(sum(gone))}", err=True)
+    click.echo(f"{len(gone)} of {len(verdicts)} runs {done}, {show_bytes(sum(gone))}", err=True)
 
 
 def _row(record: RunRecord, metrics: Sequence[str]) -> list[str]:
@@ -212,7 +214,7 @@ def _promoted(record: RunRecord) -> str:
 
 
 def _took(started: float, ended: float | None) -> str:
-    return duration(math.nan if ended is None else ended - started)
+    return "-" if ended is None or math.isnan(started) else duration(ended - started)
 
 
 def _by_name(columns: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -241,4 +243,4 @@ def _indented(text: str) -> str:
 
 
 def _print_json(found: Any) -> None:
-    click.echo(json.dumps(finite_only(found)))
+    click.echo(to_json(found))

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-_UNITS = (("d", 86400), ("h", 3600), ("m", 60))
-
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return rows under a head, with columns as wide as what is in them."""
@@ -25,29 +23,6 @@ def when(seconds: float | None) -> str:
     if seconds is None or math.isnan(seconds):
         return "-"
     return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")
-
-
-def duration(seconds: float) -> str:
-    """Write seconds by their two largest units: ``1d 4h``, ``3m 12s``, ``8.4s``."""
-    if not math.isfinite(seconds):
-        return "-"
-    if seconds < 60:
-        return f"{seconds:.1f}s"
-    left, parts = round(seconds), list[str]()
-    for unit, size in _UNITS:
-        if left >= size or parts:
-            parts.append(f"{left // size}{unit}")
-            left %= size
-    return " ".join([*parts, f"{left}s"][:2])
-
-
-def size(size_bytes: float) -> str:
-    """Write a number of bytes: ``512 B``, ``3.1 MB``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size_bytes < 1000:
-            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
-        size_bytes /= 1000
-    return f"{size_bytes:.1f} TB"
 
 
 def value(found: Any) -> str:

@@ -17,7 +17,7 @@ import click
 
 from hvdspark.cli.options import opened, store_option
 from hvdspark.errors import HvdSparkError
-from hvdspark.history import TENSORBOARD
+from hvdspark.layout import TENSORBOARD
 from hvdspark.runs import run_folder
 from hvdspark.store import Store
 

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hvdspark.errors import ConfigError, ParamError, StoreError, closest
+from hvdspark.errors import ConfigError, StoreError
 from hvdspark.history import read_history, read_progress
-from hvdspark.runs import RUNS, read_record, run_folder
+from hvdspark.runs import require_run, run_folder
 from hvdspark.store import Store
 
 if TYPE_CHECKING:
@@ -44,10 +44,7 @@ def render_report(store: Store, run_id: str) -> str:
     StoreError
         When the Store cannot be read.
     """
-    record = read_record(store, run_id)
-    if record is None:
-        hint = closest(run_id, store.list(RUNS))
-        raise ParamError(f"run_id='{run_id}': there is no such run in {store}.{hint}", param="run_id")
+    record = require_run(store, run_id)
     sections, template = _machinery()
     troubles: list[str] = []
     epochs = _read(read_history, store, run_id, troubles) or ()

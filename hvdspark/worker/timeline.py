@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hvdspark.errors import StoreError
-from hvdspark.history import TIMELINE
+from hvdspark.layout import TIMELINE
 from hvdspark.runs import run_folder
 from hvdspark.store import Store
 from hvdspark.worker.session import context_from_environment

@@ -343,6 +343,8 @@ def test_a_model_whose_loss_is_not_a_number_is_not_promoted_and_does_not_stay(tr
     code, first = train("first", float("nan"))
     assert (code, first["promoted"], first["cause"]) == (0, False, "val_loss is nan, not a finite number")
     assert read_alias(train.store, "champion") is None
+    for name in ("job.json", "result.json", "run.json"):
+        json.loads(train.store.read_bytes("runs", "first", name), parse_constant=pytest.fail)
     assert train("forced", float("nan"), "--set", "promote_if=always")[1]["promoted"]
     code, second = train("second", 5.0)
     assert (code, second["promoted"], second["champion"]["run_id"]) == (0, True, "forced")

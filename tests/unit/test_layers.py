@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parents[2]
 # The longest matching prefix decides.
 LAYERS = {
     "hvdspark.errors": 0,
+    "hvdspark.layout": 0,
     "hvdspark.metrics": 0,
+    "hvdspark.plain": 0,
     "hvdspark.plan": 0,
     "hvdspark.versions": 0,
     "hvdspark.lease": 1,

@@ -12,6 +12,7 @@ import pytest
 from hvdspark import Store, best_run, compare_runs, list_runs, show_run
 from hvdspark.aliases import AliasEntry, promote
 from hvdspark.errors import ParamError
+from hvdspark.history import EpochRecord, write_history
 from hvdspark.runs import RunRecord
 
 
@@ -24,6 +25,10 @@ def put(store: Store, run_id: str, started: float = 1.0, **fields: Any) -> RunRe
     record = RunRecord(run_id, **{"state": "finished", "started": started, "ended": started + 1, **fields})
     store.publish_bytes(json.dumps(record.to_json()).encode(), "runs", run_id, "run.json")
     return record
+
+
+def epoch(number: int, **metrics: float) -> EpochRecord:
+    return EpochRecord(number, 1.0, 2.0, 100, 50.0, None, metrics, None, ())
 
 
 def test_runs_are_listed_the_newest_first_and_one_that_is_damaged_does_not_hide_the_others(store: Store) -> None:
@@ -59,25 +64,23 @@ def test_a_record_of_an_older_and_one_of_a_newer_version_are_read(store: Store) 
 def test_a_run_is_shown_with_its_history_and_the_aliases_that_need_it(store: Store) -> None:
     record = put(store, "nightly", artefacts={"model": "runs/nightly/model.keras"})
     store.publish_bytes(b"0123456789", "runs/nightly/model.keras")
-    epochs = [
-        {"epoch": 1, "metrics": {"loss": 0.5}, "seconds": 2.0},
-        {"epoch": "no"},
-        {"epoch": 2, "metrics": {"loss": None}},
-    ]
-    store.publish_bytes(json.dumps({"epochs": epochs}).encode(), "runs/nightly/history.json")
+    epochs = (epoch(1, loss=0.5), epoch(2, loss=0.25))
+    write_history(store, "nightly", epochs)
     promote(store, "champion", AliasEntry("nightly", "runs/nightly/model.keras"))
     found = show_run(store, "nightly")
     assert found.record == record
-    assert [epoch["epoch"] for epoch in found.epochs] == [1, 2]
+    assert found.epochs == epochs
     assert found.aliases == ("champion",)
     assert found.size_bytes > 10
+    store.publish_bytes(b'{"epochs": [{"epoch": "no"}]}', "runs/nightly/history.json")
+    assert (show_run(store, "nightly").record, show_run(store, "nightly").epochs) == (record, ())
     with pytest.raises(ParamError, match=r"no run 'nigthly'.*Did you mean 'nightly'\?"):
         show_run(store, "nigthly")
 
 
 def test_what_a_run_reached_before_its_driver_died_is_in_its_record(store: Store) -> None:
     put(store, "a", state="running", ended=None, attempts=({"started": 1.0},))
-    store.publish_bytes(b'{"epochs": [{"epoch": 3, "metrics": {"loss": 0.25, "auc": null}}]}', "runs/a/history.json")
+    write_history(store, "a", [epoch(2, loss=0.5), epoch(3, loss=0.25, auc=math.nan)])
     [record] = list_runs(store)
     assert (record.state, record.cause, record.epoch) == ("interrupted", "its driver is gone", 3)
     assert record.metrics["loss"] == 0.25

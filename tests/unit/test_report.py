@@ -387,7 +387,7 @@ def test_the_command_writes_the_page_and_prints_its_path(store: Store, tmp_path:
 
 def test_no_such_run_and_no_such_folder_are_refused_with_what_to_do(store: Store, tmp_path: Path) -> None:
     put_run(store, "nightly-1", epochs_of(1))
-    with pytest.raises(ParamError, match=r"no such run .* Did you mean 'nightly-1'"):
+    with pytest.raises(ParamError, match=r"no run 'nightly-2' .* Did you mean 'nightly-1'"):
         render_report(store, "nightly-2")
     with pytest.raises(StoreError, match="give a file in a folder that exists"):
         write_report(store, "nightly-1", tmp_path / "none" / "page.html")

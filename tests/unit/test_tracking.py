@@ -17,6 +17,7 @@ from hvdspark.estimators.tracking import require_mlflow, tracked
 
 from hvdspark import Store
 from hvdspark.errors import ParamError
+from hvdspark.history import EpochRecord, write_history
 from hvdspark.plan import TrainResult
 from hvdspark.recording import Recording
 from hvdspark.runs import RunRecord
@@ -92,8 +93,7 @@ def test_a_fit_is_a_run_with_parameters_metrics_per_epoch_and_a_model_that_is_lo
 
 
 def test_a_fit_that_fails_is_a_failed_run_with_the_epochs_that_it_did(store: Store, experiment: str) -> None:
-    epochs = b'{"epochs": [{"epoch": 1, "started": 100.0, "seconds": 5.0, "metrics": {"loss": 0.5}}]}'
-    store.publish_bytes(epochs, "runs/a/history.json")
+    write_history(store, "a", [EpochRecord(1, 100.0, 5.0, 10, 2.0, None, {"loss": 0.5}, None, ())])
     note = recording(store, "a")
     with pytest.raises(ValueError, match="mine"), tracked(note, store, is_wanted=True):
         raise ValueError("mine")
