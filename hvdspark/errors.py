@@ -36,6 +36,7 @@ shows, as a note (PEP 678), where to read on: the class's entry in ``hvdspark/tr
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -341,6 +342,22 @@ class PeerLostError(HvdSparkError):
 
 class ModelFormatError(HvdSparkError):
     """A model or an estimator cannot be saved or loaded."""
+
+
+# An error of Python's or Java's, as its name and what it says; not Spark's own that wrap it.
+_TELLING = re.compile(
+    r"^(?:Caused by: |.*\(TID \d+\) \([^)]*\): )?"
+    r"((?!org\.apache\.spark\.)(?:\w+\.)*\w*(?:Error|Exception): (?!Traceback )\S.*)",
+    re.MULTILINE,
+)
+
+
+def telling_line(exc: BaseException) -> str:
+    """Return the line of one of Spark's errors that tells what was wrong."""
+    java = getattr(exc, "java_exception", None)
+    text = str(java if java is not None else exc).strip()
+    found = _TELLING.search(text)
+    return (found[1] if found else text.partition("\n")[0]).strip() or type(exc).__name__
 
 
 def first_line(exc: object) -> str:

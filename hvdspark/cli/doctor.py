@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from collections.abc import Iterable
 
 import click
 
 from hvdspark.doctor import Examination, Finding, examine
 from hvdspark.doctor.session import session_on
-from hvdspark.errors import HvdSparkError, LaunchError
+from hvdspark.errors import HvdSparkError, LaunchError, telling_line
 from hvdspark.launch.control import CONTROLLERS
 from hvdspark.store import Store
 
@@ -67,6 +68,10 @@ def doctor(
     except HvdSparkError as exc:
         check = "session" if isinstance(exc, LaunchError) else "settings"
         found = Examination((Finding(check, "error", "driver", str(exc), f"See {exc.help}."),), {})
+    except Exception as exc:  # noqa: BLE001 - Spark's own errors are of many kinds
+        click.echo(traceback.format_exc(), err=True)
+        remedy = "What Spark or Java says on standard error tells more."
+        found = Examination((Finding("session", "error", "driver", telling_line(exc), remedy),), {})
     if as_json:
         click.echo(json.dumps(found.to_plain()))
     else:

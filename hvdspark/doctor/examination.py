@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,9 +17,9 @@ from hvdspark.doctor.findings import Allreduce, Examination, Finding, Severity
 from hvdspark.doctor.judge import PACKAGES, Wanted, judge, judge_ports, judge_store, name_of
 from hvdspark.doctor.measure import LARGE_BYTES, SMALL_BYTES, time_allreduce
 from hvdspark.doctor.session import PYTHON
-from hvdspark.doctor.stage import Probed, bounded, cause_of, probe_executors
+from hvdspark.doctor.stage import Probed, bounded, probe_executors
 from hvdspark.doctor.trial import StoreTrial
-from hvdspark.errors import HvdSparkError, LaunchTimeoutError, ParamError, StoreError
+from hvdspark.errors import HvdSparkError, LaunchTimeoutError, ParamError, StoreError, telling_line
 from hvdspark.launch import topology
 from hvdspark.launch.options import LaunchOptions
 from hvdspark.launch.slots import count_slots
@@ -139,9 +140,12 @@ class _Examiner:
         drivers = {name: fact.get("value") for name, fact in driver.items()}
         wanted = Wanted(drivers, self.options.controller)
         self._say_hindrance(probed)
+        on_host = Counter[str]()
+        for answer, tasks in zip(probed.answers, probed.tasks, strict=True):
+            on_host[answer["host"]] += len(tasks)
         for answer, tasks in zip(probed.answers, probed.tasks, strict=True):
             self.executors[name_of(answer)] = answer
-            self.findings += judge(answer, tasks, wanted)
+            self.findings += judge(answer, tasks, wanted, on_host[answer["host"]] - len(tasks))
         self.findings += judge_ports(probed.answers)
         if self.store is not None and trial is not None:
             left = trial.came_back([answer["executor"] for answer in probed.answers])
@@ -188,7 +192,7 @@ class _Examiner:
             self._add("allreduce", "error", *_halves(exc))
             return
         except Exception as exc:  # noqa: BLE001 - Spark's own errors are of many kinds
-            self._add("allreduce", "error", cause_of(exc), "Look at the executors' logs.")
+            self._add("allreduce", "error", telling_line(exc), "Look at the executors' logs.")
             return
         self._judge_speed(found)
 

