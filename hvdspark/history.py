@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import posixpath
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -152,12 +153,18 @@ class Progress:
 
 def write_history(store: Store, run_id: str, epochs: Sequence[EpochRecord]) -> None:
     """Replace the history of a run; raises :class:`StoreError` when it cannot be written."""
-    _write(store, run_id, HISTORY, {"epochs": [record.to_plain() for record in epochs]})
+    write_plain_history(store, run_id, [record.to_plain() for record in epochs])
+
+
+def write_plain_history(store: Store, run_id: str, epochs: Sequence[Mapping[str, Any]]) -> None:
+    """Replace the history of a run by what :meth:`EpochRecord.to_plain` gave; errors as :func:`write_history`."""
+    # Not looked through for what JSON lacks: a training of many epochs writes all of them after each.
+    store.publish_bytes(json.dumps({"epochs": epochs}, allow_nan=False).encode(), _place(run_id, HISTORY))
 
 
 def write_progress(store: Store, run_id: str, progress: Progress) -> None:
     """Replace what is said of a run's progress; raises :class:`StoreError` when it cannot be written."""
-    _write(store, run_id, PROGRESS, progress.to_plain())
+    store.publish_bytes(to_json(progress.to_plain()).encode(), _place(run_id, PROGRESS))
 
 
 def read_history(store: Store, run_id: str) -> tuple[EpochRecord, ...]:
@@ -228,10 +235,6 @@ def _cells(record: EpochRecord, metrics: Sequence[str]) -> tuple[str, ...]:
 
 def _records(values: Mapping[str, Any]) -> list[EpochRecord]:
     return [EpochRecord.from_plain(record) for record in values["epochs"]]
-
-
-def _write(store: Store, run_id: str, name: str, values: Mapping[str, Any]) -> None:
-    store.publish_bytes(to_json(values).encode(), _place(run_id, name))
 
 
 def _read(store: Store, run_id: str, name: str, make: Callable[[Mapping[str, Any]], Found]) -> Found | None:

@@ -42,7 +42,6 @@ from hvdspark.estimators.keras.tensorboard import RunTensorBoard
 
 from hvdspark.data.shardcache import CacheRoom
 from hvdspark.errors import StoreError
-from hvdspark.history import EpochRecord
 from hvdspark.launch import gpus
 from hvdspark.plan import FitPlan, ModelTensor, ShardPlan, TrainResult
 from hvdspark.runs import run_folder
@@ -304,7 +303,7 @@ class _Training:
         records = self._history.records
         records.append(self._journal.record(self._history.last).to_plain())
         if self._reporter is not None:
-            self._reporter.history([EpochRecord.from_plain(values) for values in records])
+            self._reporter.history(records)
 
     def _keep(self, place: Place, *, is_final: bool) -> None:
         """Keep what was trained up to the end of an epoch."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
-from hvdspark.history import EpochRecord, Progress, write_history, write_progress
+from hvdspark.history import Progress, write_plain_history, write_progress
 from hvdspark.store import Store
 
 logger = logging.getLogger(__name__)
@@ -56,10 +56,10 @@ class Reporter:
         if self._thread.is_alive():
             logger.warning("the Store takes too long: the last of history and progress may be missing in it")
 
-    def history(self, epochs: Sequence[EpochRecord]) -> None:
-        """Have the history written."""
+    def history(self, epochs: Sequence[Mapping[str, Any]]) -> None:
+        """Have the history written: all epochs so far, as :meth:`hvdspark.history.EpochRecord.to_plain` gives them."""
         records = tuple(epochs)
-        self.soon("the history", lambda: write_history(self._store, self._run_id, records))
+        self.soon("the history", lambda: write_plain_history(self._store, self._run_id, records))
 
     def soon(self, what: str, job: Callable[[], None]) -> None:
         """Have something done; it takes the place of what was asked for by the same name and has not begun yet."""

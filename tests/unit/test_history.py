@@ -50,7 +50,7 @@ def test_a_history_is_read_as_it_was_written(store: Store) -> None:
 
 
 def test_what_is_not_finite_is_valid_json_and_reads_as_no_number(store: Store) -> None:
-    write_history(store, "a", [record(1, metrics={"loss": math.inf, "mae": math.nan})])
+    write_history(store, "a", [record(1, metrics={"loss": math.inf, "mae": math.nan}, learning_rate=math.nan)])
     write_progress(store, "a", Progress(1, 2, 3, 4, 5.0, math.nan, {"mae": -math.inf}))
 
     def refuse(constant: str) -> None:
@@ -130,7 +130,7 @@ def test_a_store_that_hangs_holds_nobody_up_and_gets_the_latest_when_it_is_back(
     with Reporter(store, "a", lambda: at, period_s=0.0) as reporter:
         assert gate.reached.wait(30)
         for epochs in ([record(1)], [record(1), record(2)]):
-            reporter.history(epochs)  # returns at once: the Store is still shut
+            reporter.history([epoch.to_plain() for epoch in epochs])  # returns at once: the Store is still shut
         assert not store.exists("runs", "a", "history.json")
         at = dataclasses.replace(at, step=4)
         gate.opened.set()
@@ -151,8 +151,8 @@ def test_a_store_that_fails_is_told_of_once(store: Store, caplog: pytest.LogCapt
 
     enough = threading.Event()
     with Reporter(store, "a", progress, period_s=0.0) as reporter:
-        reporter.history([record(1)])
+        reporter.history([record(1).to_plain()])
         assert enough.wait(30)
-        reporter.history([record(1), record(2)])
+        reporter.history([record(1).to_plain(), record(2).to_plain()])
     told = [entry.getMessage() for entry in caplog.records]
     assert sorted(text.partition(":")[0] for text in told) == ["cannot write the history", "cannot write the progress"]
