@@ -105,10 +105,15 @@ def read_alias(store: Store, name: str) -> AliasEntry | None:
         ) from exc
 
 
+def alias_names(store: Store) -> list[str]:
+    """Return the names of a Store's aliases, whatever is in their files."""
+    names = [name.removesuffix(_SUFFIX) for name in store.list(ALIASES) if name.endswith(_SUFFIX)]
+    return [name for name in names if _NAME.fullmatch(name)]
+
+
 def list_aliases(store: Store) -> dict[str, AliasEntry]:
     """Return all aliases of a Store by name; errors as :func:`read_alias`."""
-    names = [name.removesuffix(_SUFFIX) for name in store.list(ALIASES) if name.endswith(_SUFFIX)]
-    found = {name: read_alias(store, name) for name in names if _NAME.fullmatch(name)}
+    found = {name: read_alias(store, name) for name in alias_names(store)}
     return {name: entry for name, entry in found.items() if entry is not None}
 
 

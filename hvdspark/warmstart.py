@@ -13,11 +13,12 @@ from __future__ import annotations
 import hashlib
 import json
 import posixpath
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 
-from hvdspark.aliases import path_in_store, read_alias
+from hvdspark.aliases import alias_names, path_in_store, read_alias
 from hvdspark.errors import ModelFormatError, ParamError, closest
-from hvdspark.runs import RUNS, run_folder
+from hvdspark.runs import RUNS, run_folder, run_names
 from hvdspark.store import Store
 
 ALIAS = "alias:"
@@ -113,6 +114,52 @@ def locate(store: Store, given: str) -> Location:
             param="warm_start",
         )
     return Location(given.rstrip("/"), is_inside=True, run_id=run_id)
+
+
+def pinned(store: Store, given: str, awaited: Collection[str] = ()) -> str | None:
+    """Return what a job is to begin with by an address that refers to the same model later.
+
+    Parameters
+    ----------
+    store
+        Where runs and aliases are.
+    given
+        The name of an alias, with or without ``"alias:"``, or of a run; or, with a slash in it, what :func:`locate`
+        takes.
+    awaited
+        Names that may not be there yet: those of aliases that such jobs make themselves.
+
+    Returns
+    -------
+    str or None
+        What :func:`locate` takes; ``None`` for an awaited name that is not there.
+
+    Raises
+    ------
+    ParamError
+        For any other name that is not there.
+    AliasError
+        When the alias is damaged.
+    """
+    if "/" in given:
+        locate(store, given)
+        return given
+    name, aliases = given.removeprefix(ALIAS), alias_names(store)
+    entry = read_alias(store, name) if name in aliases else None
+    if entry is not None:
+        return entry.model
+    runs = [] if given.startswith(ALIAS) else run_names(store)
+    if name in runs:
+        return run_folder(name)
+    if name in awaited:
+        return None
+    what = "no alias" if given.startswith(ALIAS) else "neither an alias nor a run"
+    hint = closest(name, [*aliases, *runs, *awaited])
+    raise ParamError(
+        f"warm_start='{given}': there is {what} '{name}' in {store}.{hint} Give an alias, a run, or the path of a saved"
+        " model with a slash in it",
+        param="warm_start",
+    )
 
 
 def keep_start(store: Store, run_id: str, start: WarmStart, suffix: str) -> None:

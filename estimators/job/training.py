@@ -62,7 +62,7 @@ from hvdspark.runs import (
     run_folder,
 )
 from hvdspark.store import Store
-from hvdspark.warmstart import ALIAS, START
+from hvdspark.warmstart import START, pinned
 from hvdspark.worker.checkpoint import CHECKPOINTS
 
 logger = logging.getLogger(__name__)
@@ -289,15 +289,13 @@ class TrainJob:
 
     def _warm_start(self) -> str | None:
         given = self._config.warm_start
-        if given is None or "/" in given:
-            return given
-        name = given.removeprefix(ALIAS)
-        # The model, not the name: who goes on later must not begin with another one's weights.
-        entry = read_alias(self._store, name)
-        if entry is None:
-            logger.warning("there is no '%s' in %s yet; the training begins with new weights", name, self._store)
+        if given is None:
             return None
-        return entry.model
+        # The model, not the name: who goes on later must not begin with another one's weights.
+        found = pinned(self._store, given, awaited=(self._config.alias, CANDIDATE))
+        if found is None:
+            logger.warning("there is no '%s' in %s yet; the training begins with new weights", given, self._store)
+        return found
 
     # Training
 

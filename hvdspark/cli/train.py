@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 @click.option("--run-id", metavar="ID", help="Name of the run. The same again goes on, or gives the finished result.")
 @click.option("--since", metavar="BOUND", help="Take rows from here on, by the column of input.window.")
 @click.option("--until", metavar="BOUND", help="Take rows before this.")
-@click.option("--warm-start", metavar="ALIAS|PATH", help="Begin with the weights of a model, such as champion.")
+@click.option("--warm-start", metavar="ALIAS|RUN|PATH", help="Begin with the weights of a model, such as champion.")
 @click.option("--check", is_flag=True, help="Check what can be checked without Spark, and end.")
 @click.pass_context
 def train(context: click.Context, /, check: bool, **options: Any) -> None:

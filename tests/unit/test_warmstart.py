@@ -19,7 +19,7 @@ from hvdspark.estimators.keras.starting import start_from
 from hvdspark import Store
 from hvdspark.aliases import AliasEntry, promote
 from hvdspark.errors import ModelFormatError, ParamError
-from hvdspark.warmstart import Location, WarmStart, keep_start, locate, recall_start
+from hvdspark.warmstart import Location, WarmStart, keep_start, locate, pinned, recall_start
 
 X = np.random.default_rng(0).normal(size=(16, 3)).astype("float32")
 
@@ -224,6 +224,30 @@ def test_a_warm_start_is_an_alias_a_run_or_an_address(store: Store) -> None:
         locate(store, "alias:champ")
     with pytest.raises(ParamError, match=r"there is no run 'mondy' in .* Did you mean 'monday'"):
         locate(store, "runs/mondy")
+
+
+def test_a_job_begins_with_an_alias_or_a_run_by_its_name(store: Store) -> None:
+    store.publish_bytes(b"{}", "runs", "monday.1", "run.json")
+    promote(store, "champion", AliasEntry("monday.1", "/elsewhere/model"))
+    for given, found in {
+        "champion": "/elsewhere/model",
+        "alias:champion": "/elsewhere/model",
+        "monday.1": "runs/monday.1",
+        "runs/monday.1": "runs/monday.1",
+        "/any/path": "/any/path",
+        "production": None,
+    }.items():
+        assert pinned(store, given, awaited=("production",)) == found
+    for given, message in {
+        "champoin": "neither an alias nor a run 'champoin' in .* Did you mean 'champion'",
+        "monday": r"Did you mean 'monday\.1'\? Give an alias, a run, or the path",
+        "alias:monday.1": r"there is no alias 'monday\.1' in",
+        "prodution": "Did you mean 'production'",
+        "runs/tuesday": "there is no run 'tuesday'",
+        "saved model": "neither an alias nor a run 'saved model'",
+    }.items():
+        with pytest.raises(ParamError, match=message):
+            pinned(store, given, awaited=("production",))
 
 
 def test_a_run_that_goes_on_begins_with_what_it_began_with(store: Store) -> None:
