@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from column_kinds import Column, encode, plan_of, rows_of, tables, vector_struct
 from hypothesis import given, settings
@@ -16,14 +19,18 @@ from hypothesis import strategies as st
 from pyspark.ml.linalg import Vectors
 from pyspark.sql import types as T
 
-from hvdspark.data.partitions import TRAIN
+from hvdspark import Store
+from hvdspark.data.feed import RowFeed
+from hvdspark.data.parquet import survey
+from hvdspark.data.partitions import TRAIN, Split
 from hvdspark.data.petastorm_compat import make_batch_reader, make_reader
+from hvdspark.data.planning import FitDraft
 from hvdspark.data.reader import ShardReader
 from hvdspark.data.schema import check_columns, resolve
 from hvdspark.data.shards import plan_shards, reads_of
 from hvdspark.data.vectors import VECTOR_TYPE
 from hvdspark.errors import ImageError, SchemaError
-from hvdspark.plan import ColumnSpec, Manifest, ModelTensor
+from hvdspark.plan import ColumnSpec, Manifest, ModelTensor, StoreRef
 from hvdspark.predict import OutputColumn, ScorePlan, score_batch
 
 Write = Callable[..., Any]
@@ -51,12 +58,63 @@ def test_every_value_of_every_kind_comes_back_once(
         with ShardReader(written.store, written.dataset, written.manifest.columns, reads_of(plan, rank)) as reader:
             for blocks in reader:
                 found.update(zip(*[rows_of(blocks[name]) for name in columns], strict=True))
-    assert found == Counter(
+    assert found == expected_of(columns, parts)
+
+
+def expected_of(columns: dict[str, Column], parts: Any) -> Counter[Any]:
+    return Counter(
         tuple(column.row(value) for column, value in zip(columns.values(), row, strict=True))
         for batches in parts
         for rows in batches
         for row in rows
     )
+
+
+@settings(max_examples=60)
+@given(tables(), st.booleans())
+def test_every_value_of_every_kind_goes_straight_to_a_rank(table: Any, sparse: bool) -> None:
+    columns, parts = table
+    parts = [batches for batches in parts if any(batches)]
+    specs, batch = plan_of(columns, sparse)
+    draft = FitDraft("run", StoreRef("unused"), specs, batch, Split(), len(parts), 3, 3, 1, True, 0)
+    feed = RowFeed(tuple(columns), draft)
+    found: Counter[Any] = Counter()
+    with contextlib.ExitStack() as stack:
+        taken = [
+            stack.enter_context(feed.taken(by_place(to_batch(columns, rows)) for rows in batches)) for batches in parts
+        ]
+        for rank, rows in enumerate(taken):
+            plan = rows.plan([other.report for other in taken])
+            assert plan.data is not None
+            reads = reads_of(plan.train, rank)
+            with ShardReader(Store.from_ref(plan.data), plan.dataset, plan.columns, reads) as reader:
+                for blocks in reader:
+                    found.update(zip(*[rows_of(blocks[name]) for name in columns], strict=True))
+    assert found == expected_of(columns, parts)
+
+
+def by_place(batch: pa.RecordBatch) -> pa.RecordBatch:
+    return batch.rename_columns([f"c{place}" for place in range(batch.num_columns)])
+
+
+@settings(max_examples=60)
+@given(tables(), st.booleans(), st.integers(1, 3))
+def test_every_value_of_every_kind_is_read_where_it_lies(table: Any, sparse: bool, group_rows: int) -> None:
+    columns, parts = table
+    specs, _ = plan_of(columns, sparse)
+    found: Counter[Any] = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        for number, batches in enumerate(parts):
+            whole = pa.Table.from_batches(
+                [to_batch(columns, rows) for rows in batches if rows] or [to_batch(columns, [])]
+            )
+            pq.write_table(whole, f"{folder}/{number}.parquet", row_group_size=group_rows)
+        there = survey(folder, specs)
+        reads = reads_of(plan_shards(there.groups, 1, 3, keep_order=True), 0)
+        with ShardReader(there.store, "", there.columns, reads) as reader:
+            for blocks in reader:
+                found.update(zip(*[rows_of(blocks[name]) for name in columns], strict=True))
+    assert found == expected_of(columns, parts)
 
 
 def stored_kinds(write_dataset: Write) -> tuple[Any, dict[str, list[Any]]]:

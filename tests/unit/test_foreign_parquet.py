@@ -144,7 +144,7 @@ def values_of(dtype: str) -> st.SearchStrategy[Any]:
 def numbers(draw: st.DrawFn) -> Family:
     dtype = draw(st.sampled_from(list(NUMBERS)))
     arrow, stored = pa.from_numpy_dtype(np.dtype(dtype)), NUMBERS[dtype]
-    fill = draw(st.sampled_from([None, 1]))
+    fill = draw(st.sampled_from([None, dtype == "bool" or 1]))
     types = [arrow] if dtype == "bool" else [arrow, pa.dictionary(pa.int32(), arrow)]
     if dtype == "int64":
         types += [pa.duration("ns"), pa.duration("us")]
@@ -205,7 +205,7 @@ def raw_bytes(draw: st.DrawFn) -> Family:
 def lists(draw: st.DrawFn) -> Family:
     dtype = draw(st.sampled_from(list(NUMBERS)))
     shape = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3).map(tuple))
-    stored, value, fill = NUMBERS[dtype], values_of(dtype), draw(st.sampled_from([None, 1]))
+    stored, value, fill = NUMBERS[dtype], values_of(dtype), draw(st.sampled_from([None, dtype == "bool" or 1]))
     types = [pa.from_numpy_dtype(np.dtype(dtype))]
     for size in reversed(shape):
         value = st.lists(value, min_size=size, max_size=size)
