@@ -127,6 +127,15 @@ def test_the_end_of_the_first_ranks_task_is_heard() -> None:
     assert alarm.cause() == ("the connection to rank 0 was lost", True)
 
 
+@pytest.mark.parametrize("nonsense", [b"\xff\x00\n", b"ring 1 failed\n", b"\n" * 100, b"x" * 5000])
+def test_a_task_that_speaks_nonsense_rings_as_one_that_has_failed(alarms: list[Alarm], nonsense: bytes) -> None:
+    alarms[1]._connection.sendall(nonsense)
+    assert rings(alarms[0])
+    assert rings(alarms[2])
+    cause, _ = alarms[0].cause()
+    assert cause in ("rank 1 on h1 had failed", "the connection to rank 1 on h1 was lost")
+
+
 def test_a_stranger_neither_rings_nor_hears() -> None:
     with AlarmServer("127.0.0.1", ["127.0.0.1"], 2, TOKEN) as server, Alarm(server.address, TOKEN, 0) as alarm:
         with socket.create_connection(server.address, timeout=5) as stranger:
