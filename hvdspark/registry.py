@@ -21,7 +21,7 @@ from hvdspark.store import Store
 _LOOKERS = 16
 
 # Per name what each run has there; a run that has nothing is left out.
-Table = Mapping[str, Mapping[str, Any]]
+SideBySide = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class Comparison:
     """
 
     run_ids: tuple[str, ...]
-    params: Table
-    versions: Table
-    data: Table
-    metrics: Table
+    params: SideBySide
+    versions: SideBySide
+    data: SideBySide
+    metrics: SideBySide
 
 
 def list_runs(store: Store) -> list[RunRecord]:
@@ -191,7 +191,7 @@ def _data_of(record: RunRecord) -> dict[str, Any]:
     return {**record.data, "columns": by_name}
 
 
-def _differing(values: Mapping[str, Mapping[str, Any]]) -> Table:
+def _differing(values: Mapping[str, Mapping[str, Any]]) -> SideBySide:
     table = _side_by_side({run_id: flatten(found) for run_id, found in values.items()})
     return {
         name: row
@@ -200,7 +200,7 @@ def _differing(values: Mapping[str, Mapping[str, Any]]) -> Table:
     }
 
 
-def _side_by_side(values: Mapping[str, Mapping[str, Any]]) -> Table:
+def _side_by_side(values: Mapping[str, Mapping[str, Any]]) -> SideBySide:
     names = dict.fromkeys(name for found in values.values() for name in found)
     return {name: {run_id: found[name] for run_id, found in values.items() if name in found} for name in names}
 

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Verdict:
+class RunFate:
     """What becomes of a run.
 
     Parameters
@@ -60,7 +60,7 @@ class Verdict:
 
 def gc_runs(
     store: Store, keep_last: int | None = None, older_than_s: float | None = None, *, dry_run: bool = False
-) -> list[Verdict]:
+) -> list[RunFate]:
     """Remove runs that are too many and too old; with both rules, those that both of them give up.
 
     Whatever the rules say, these stay: a run that a driver is at, one that an alias refers to or can be rolled back
@@ -81,7 +81,7 @@ def gc_runs(
 
     Returns
     -------
-    list of Verdict
+    list of RunFate
         What becomes of each run, the newest first.
 
     Raises
@@ -97,15 +97,15 @@ def gc_runs(
     wanted = _wanted(store)
     records = {record.run_id: record for record in list_runs(store)}
     doomed = doomed_runs(records.values(), keep_last, older_than_s, time.time())
-    verdicts = []
+    fates = []
     for name in [*records, *(name for name in run_names(store) if name not in records)]:
         record = records.get(name)
-        verdict = _judged(store, name, record, wanted.get(name, ""), doomed.get(name, ""))
-        if verdict is not None and verdict.removed and not dry_run:
-            verdict = _removed(store, verdict, record)
-        if verdict is not None:
-            verdicts.append(verdict)
-    return verdicts
+        fate = _judged(store, name, record, wanted.get(name, ""), doomed.get(name, ""))
+        if fate is not None and fate.removed and not dry_run:
+            fate = _removed(store, fate, record)
+        if fate is not None:
+            fates.append(fate)
+    return fates
 
 
 def doomed_runs(
@@ -167,7 +167,7 @@ def _wanted(store: Store) -> Mapping[str, str]:
     return wanted
 
 
-def _judged(store: Store, run_id: str, record: RunRecord | None, wanted: str, doomed: str) -> Verdict | None:
+def _judged(store: Store, run_id: str, record: RunRecord | None, wanted: str, doomed: str) -> RunFate | None:
     """Say what is to become of a run; ``None`` where there is none of that name."""
     # Of a driver that trains, or of a job that is at what comes after it.
     held = is_held(store, run_folder(run_id))
@@ -183,8 +183,8 @@ def _judged(store: Store, run_id: str, record: RunRecord | None, wanted: str, do
     if held:
         protection = "in progress"
     if protection or not doomed:
-        return Verdict(run_id, False, protection or "kept by the rules")
-    return Verdict(run_id, True, doomed, int(store.filesystem.du(store.path(run_folder(run_id)))))
+        return RunFate(run_id, False, protection or "kept by the rules")
+    return RunFate(run_id, True, doomed, int(store.filesystem.du(store.path(run_folder(run_id)))))
 
 
 def _leftover(store: Store, run_id: str) -> tuple[str, str] | None:
@@ -214,9 +214,9 @@ def _metadata(store: Store, folder: str, name: str) -> Sequence[str]:
     return store.list(*place) if store.filesystem.isdir(store.path(*place)) else ()
 
 
-def _removed(store: Store, verdict: Verdict, record: RunRecord | None) -> Verdict:
+def _removed(store: Store, fate: RunFate, record: RunRecord | None) -> RunFate:
     """Remove a run, unless a fit or an alias wants it by now, or it is no longer the one that was looked at."""
-    run_id, stays = verdict.run_id, ""
+    run_id, stays = fate.run_id, ""
 
     def is_wanted() -> bool:
         nonlocal stays
@@ -227,17 +227,17 @@ def _removed(store: Store, verdict: Verdict, record: RunRecord | None) -> Verdic
         with in_progress(store, run_id) as own:
             # A job looks for any lease after it has taken its own: of the two at least one sees the other.
             if is_held(store, run_folder(run_id), but=own):
-                return Verdict(run_id, False, "in progress")
+                return RunFate(run_id, False, "in progress")
             if not _is_as_it_was(store, run_id, record):
-                return Verdict(run_id, False, "a fit has been at it meanwhile")
+                return RunFate(run_id, False, "a fit has been at it meanwhile")
             if not discard(store, run_id, is_wanted):
-                verdict = Verdict(run_id, False, stays)
+                fate = RunFate(run_id, False, stays)
     except RunInProgressError:
-        return Verdict(run_id, False, "in progress")
-    if verdict.removed:
+        return RunFate(run_id, False, "in progress")
+    if fate.removed:
         store.delete_if_empty(run_folder(run_id))
-        logger.info("removed the run %s: %s", run_id, verdict.reason)
-    return verdict
+        logger.info("removed the run %s: %s", run_id, fate.reason)
+    return fate
 
 
 def _is_as_it_was(store: Store, run_id: str, record: RunRecord | None) -> bool:

@@ -16,7 +16,7 @@ from hvdspark.history import by_metric
 from hvdspark.launch.memory import show_bytes
 from hvdspark.metrics import Mode
 from hvdspark.plain import to_json
-from hvdspark.registry import Table, best_run, compare_runs, flatten, list_runs, show_run
+from hvdspark.registry import SideBySide, best_run, compare_runs, flatten, list_runs, show_run
 from hvdspark.report.words import duration
 from hvdspark.retention import gc_runs
 from hvdspark.runs import RunRecord
@@ -173,24 +173,24 @@ def gc(url: str, as_json: bool, keep_last: int | None, older_than_s: float | Non
     if keep_last is None and older_than_s is None:
         raise click.UsageError("say which runs may go: --keep-last N, --older-than AGE, or both")
     with opened(url) as store:
-        verdicts = gc_runs(store, keep_last, older_than_s, dry_run=dry_run)
+        fates = gc_runs(store, keep_last, older_than_s, dry_run=dry_run)
     if as_json:
-        _print_json([asdict(verdict) for verdict in verdicts])
+        _print_json([asdict(fate) for fate in fates])
         return
     done = "would go" if dry_run else "removed"
     rows = [
         [
-            verdict.run_id,
-            done if verdict.removed else "stays",
-            show_bytes(verdict.size_bytes) if verdict.removed else "",
-            verdict.reason,
+            fate.run_id,
+            done if fate.removed else "stays",
+            show_bytes(fate.size_bytes) if fate.removed else "",
+            fate.reason,
         ]
-        for verdict in verdicts
+        for fate in fates
     ]
     if rows:
         click.echo(table(["RUN", "", "SIZE", "REASON"], rows))
-    gone = [verdict.size_bytes for verdict in verdicts if verdict.removed]
-    click.echo(f"{len(gone)} of {len(verdicts)} runs {done}, {show_bytes(sum(gone))}", err=True)
+    gone = [fate.size_bytes for fate in fates if fate.removed]
+    click.echo(f"{len(gone)} of {len(fates)} runs {done}, {show_bytes(sum(gone))}", err=True)
 
 
 def _row(record: RunRecord, metrics: Sequence[str]) -> list[str]:
@@ -227,7 +227,7 @@ def _by_name(columns: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     }
 
 
-def _rows(found: Table, run_ids: Sequence[str]) -> list[list[str]]:
+def _rows(found: SideBySide, run_ids: Sequence[str]) -> list[list[str]]:
     return [[name, *(value(row[run_id]) if run_id in row else "" for run_id in run_ids)] for name, row in found.items()]
 
 

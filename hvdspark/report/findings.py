@@ -22,7 +22,7 @@ _OVERHEAD = 0.5  # of the whole run, before the first step
 
 
 @dataclass(frozen=True)
-class Finding:
+class Remark:
     """A sentence about a run.
 
     Parameters
@@ -42,7 +42,7 @@ class Finding:
 
 def findings(
     record: RunRecord, epochs: Sequence[EpochRecord], parts: Sequence[Part], ranks: Sequence[RankMean]
-) -> list[Finding]:
+) -> list[Remark]:
     """Return what stands out, what could be better first.
 
     Parameters
@@ -58,7 +58,7 @@ def findings(
     return sorted(told, key=lambda finding: finding.kind == "good")
 
 
-def _not_finite(epochs: Sequence[EpochRecord]) -> Finding | None:
+def _not_finite(epochs: Sequence[EpochRecord]) -> Remark | None:
     bad = [
         epoch.epoch
         for epoch in epochs
@@ -67,14 +67,14 @@ def _not_finite(epochs: Sequence[EpochRecord]) -> Finding | None:
     if not bad:
         return None
     where = f"epoch {bad[0]}" if len(bad) == 1 else f"{words.count(len(bad), 'epoch')}, from epoch {bad[0]} on"
-    return Finding(
+    return Remark(
         "look",
         f"The loss was not finite in {where}.",
         "Lower the learning rate, clip gradients (the optimizer's clipnorm), or look for wild values in the rows.",
     )
 
 
-def _learning(record: RunRecord, epochs: Sequence[EpochRecord]) -> Finding | None:
+def _learning(record: RunRecord, epochs: Sequence[EpochRecord]) -> Remark | None:
     """Say where the validation loss turned, or that it has not."""
     losses = [(epoch.epoch, epoch.metrics["val_loss"]) for epoch in epochs if "val_loss" in epoch.metrics]
     losses = [(epoch, loss) for epoch, loss in losses if math.isfinite(loss)]
@@ -87,10 +87,10 @@ def _learning(record: RunRecord, epochs: Sequence[EpochRecord]) -> Finding | Non
         if record.params.get("checkpoint_callback"):
             advice = "The model of the best epoch was kept; fewer epochs, or EarlyStopping, save the time."
         risen = words.share(last / lowest - 1)
-        return Finding("look", f"Validation loss was lowest in epoch {epoch} and has risen by {risen} since.", advice)
+        return Remark("look", f"Validation loss was lowest in epoch {epoch} and has risen by {risen} since.", advice)
     if record.state == "finished" and best == len(losses) - 1 and 0 < last < before * (1 - _FALLING):
         fall = words.share(1 - last / before)
-        return Finding("look", f"Validation loss still fell by {fall} in the last epoch.", "More epochs may help.")
+        return Remark("look", f"Validation loss still fell by {fall} in the last epoch.", "More epochs may help.")
     return None
 
 
@@ -104,13 +104,13 @@ def _step_shares(epochs: Sequence[EpochRecord]) -> tuple[float, float] | None:
     return (wait / whole, averaging / whole) if whole > 0 else None
 
 
-def _waiting(epochs: Sequence[EpochRecord]) -> Finding | None:
+def _waiting(epochs: Sequence[EpochRecord]) -> Remark | None:
     shares = _step_shares(epochs)
     if shares is None:
         return None
     if shares[0] < _WAIT:
-        return Finding("good", f"Steps waited for rows {words.share(shares[0])} of their time: reading keeps up.")
-    return Finding(
+        return Remark("good", f"Steps waited for rows {words.share(shares[0])} of their time: reading keeps up.")
+    return Remark(
         "look",
         f"Steps waited for rows {words.share(shares[0])} of their time: reading is the bottleneck.",
         "Raise train_reader_num_workers, give the executors memory so that the rows fit into the cache, or a faster"
@@ -118,11 +118,11 @@ def _waiting(epochs: Sequence[EpochRecord]) -> Finding | None:
     )
 
 
-def _averaging(epochs: Sequence[EpochRecord]) -> Finding | None:
+def _averaging(epochs: Sequence[EpochRecord]) -> Remark | None:
     shares = _step_shares(epochs)
     if shares is None or len(epochs[-1].ranks) < 2 or shares[1] < _AVERAGING:
         return None
-    return Finding(
+    return Remark(
         "look",
         f"Averaging gradients took {words.share(shares[1])} of the steps' time.",
         "A larger batch_size averages less often, as does backward_passes_per_step; gradient_compression='fp16' sends"
@@ -130,17 +130,17 @@ def _averaging(epochs: Sequence[EpochRecord]) -> Finding | None:
     )
 
 
-def _lagging(ranks: Sequence[RankMean], epochs: Sequence[EpochRecord]) -> Finding | None:
+def _lagging(ranks: Sequence[RankMean], epochs: Sequence[EpochRecord]) -> Remark | None:
     if len(ranks) < 2:
         return None
     slowest = max(ranks, key=lambda rank: rank.own_s)
     if not lags(slowest, ranks):
-        return Finding("good", f"The {len(ranks)} ranks are about equally fast.")
+        return Remark("good", f"The {len(ranks)} ranks are about equally fast.")
     others = statistics.median(rank.own_s for rank in ranks if rank is not slowest)
     waits = slowest.wait_s - statistics.median(rank.wait_s for rank in ranks if rank is not slowest)
     is_reading = waits > (slowest.own_s - others) / 2
     why = "it waits for its rows: look at its disk and network" if is_reading else "see what else runs on its host"
-    return Finding(
+    return Remark(
         "look",
         f"{slowest.name.capitalize()} took {words.share(slowest.own_s / others - 1)} longer for its own work than the"
         f" others, and was the slowest in {slowest.slowest_in} of {words.count(len(epochs), 'epoch')}.",
@@ -148,13 +148,13 @@ def _lagging(ranks: Sequence[RankMean], epochs: Sequence[EpochRecord]) -> Findin
     )
 
 
-def _overhead(record: RunRecord, parts: Sequence[Part]) -> Finding | None:
+def _overhead(record: RunRecord, parts: Sequence[Part]) -> Remark | None:
     whole = sum(part.seconds for part in parts)
     before = sum(part.seconds for part in parts if part.ink.startswith("setup") and part.name != "publish")
     if record.state != "finished" or whole <= 0 or before < whole * _OVERHEAD:
         return None
     longest = max((part for part in parts if part.ink.startswith("setup")), key=lambda part: part.seconds)
-    return Finding(
+    return Remark(
         "look",
         f"{words.share(before / whole)} of the time went before the first step, most of it into"
         f" {longest.name} ({words.duration(longest.seconds)}).",
