@@ -57,8 +57,6 @@ extras_require = {
     "tensorboard": ["tensorboard>=2.18,<2.22"],
     # The whole `mlflow` will do as well; this is what logging to a server, or to a database, takes of it.
     "mlflow": ["mlflow-skinny>=3", "sqlalchemy>=2", "alembic>=1.13"],
-    # Airflow wants an environment of its own, pinned by its constraints; hvdspark goes beside it.
-    "airflow": ["apache-airflow>=3.1", "apache-airflow-providers-apache-spark>=6"],
     "dev": [
         "hypothesis>=6.100",
         "matplotlib>=3.10",

@@ -20,6 +20,7 @@ from hvdspark.plan import TrainResult
 from hvdspark.recording import Recording, first_line
 from hvdspark.registry import flatten
 from hvdspark.store import Store
+from hvdspark.versions import command_for
 
 if TYPE_CHECKING:
     from hvdspark.estimators.base import HorovodModel
@@ -167,8 +168,8 @@ def require_mlflow() -> Any:
         import mlflow
     except ImportError as exc:
         raise ParamError(
-            f"mlflow=True, but MLflow cannot be imported on the driver: {exc}. pip install 'hvdspark[mlflow]', or leave"
-            " mlflow out",
+            f"mlflow=True, but MLflow cannot be imported on the driver: {exc}. Leave mlflow out, or"
+            f" {command_for('mlflow')}",
             param="mlflow",
         ) from exc
     return mlflow

@@ -24,6 +24,11 @@ DISTRIBUTIONS = (
 _OTHER_NAMES = {"tensorflow-cpu": "tensorflow"}
 
 
+def command_for(extra: str) -> str:
+    """Return the command that installs what an extra adds; hvdspark is on no index, ``ci/wheels`` makes its wheel."""
+    return f"pip install --find-links dist 'hvdspark[{extra}]', where dist is the folder that ci/wheels made"
+
+
 def installed_versions() -> dict[str, str]:
     """Return the versions of Python and of what is installed of the stack, by distribution."""
     versions = {"python": platform.python_version()}

@@ -20,6 +20,7 @@ from hvdspark.errors import HvdSparkError
 from hvdspark.layout import TENSORBOARD
 from hvdspark.runs import run_folder
 from hvdspark.store import Store
+from hvdspark.versions import command_for
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ _REFRESH_S = 10.0
 def tensorboard(run_id: str, url: str, host: str, port: int) -> None:
     """Show a run in TensorBoard, until it is stopped by Ctrl-C or SIGTERM."""
     if importlib.util.find_spec("tensorboard") is None:
-        raise click.ClickException("TensorBoard is not installed; pip install 'hvdspark[tensorboard]'")
+        raise click.ClickException(f"TensorBoard is not installed: {command_for('tensorboard')}")
     with opened(url) as store, _files_of(store, posixpath.join(run_folder(run_id), TENSORBOARD)) as folder:
         click.echo(f"{run_id}: {_launch(folder, host, port)}")
         _await_end()

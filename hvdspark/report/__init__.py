@@ -3,7 +3,7 @@
 The page is one HTML file. It loads nothing and runs no script, so it can be mailed, kept with a build, or opened years
 later; and what is in a run's files (names, parameters, errors) is shown as text, whatever it holds.
 
-It needs the extra ``report``: ``pip install 'hvdspark[report]'``.
+It needs the extra ``report``: ``pip install --find-links dist 'hvdspark[report]'`` (``ci/wheels`` makes ``dist``).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from hvdspark.errors import ConfigError, StoreError
 from hvdspark.history import read_history, read_progress
 from hvdspark.runs import require_run, run_folder
 from hvdspark.store import Store
+from hvdspark.versions import command_for
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -107,7 +108,7 @@ def _machinery() -> tuple[Callable[..., dict[str, Any]], Template]:
         if (exc.name or "").startswith("hvdspark"):
             raise
         raise ConfigError(
-            f"a report needs the package {exc.name}, which is not installed: pip install 'hvdspark[report]'"
+            f"a report needs the package {exc.name}, which is not installed: {command_for('report')}"
         ) from exc
     templates = Environment(
         loader=PackageLoader("hvdspark.report", ""),

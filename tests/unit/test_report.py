@@ -405,5 +405,7 @@ def test_a_missing_package_is_named_with_what_installs_it(
         monkeypatch.delitem(sys.modules, name)
         monkeypatch.delattr(name)  # of the package, which holds its modules too
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ConfigError, match=rf"needs the package {package}, .* pip install 'hvdspark\[report\]'"):
+    with pytest.raises(
+        ConfigError, match=rf"needs the package {package}, .* pip install --find-links dist 'hvdspark\[report\]'"
+    ):
         render_report(store, "run")

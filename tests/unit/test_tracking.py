@@ -158,6 +158,6 @@ def test_a_server_that_does_not_answer_is_an_error_before_any_job(
 
 def test_without_mlflow_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlflow", None)
-    with pytest.raises(ParamError, match=r"pip install 'hvdspark\[mlflow\]'") as caught:
+    with pytest.raises(ParamError, match=r"pip install --find-links dist 'hvdspark\[mlflow\]'") as caught:
         require_mlflow()
     assert caught.value.param == "mlflow"
