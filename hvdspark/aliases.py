@@ -112,7 +112,8 @@ def alias_names(store: Store) -> list[str]:
 
 
 def list_aliases(store: Store) -> dict[str, AliasEntry]:
-    """Return all aliases of a Store by name; errors as :func:`read_alias`."""
+    """Return all aliases of a Store by name; errors as :func:`read_alias`, and ``ParamError`` where there is none."""
+    store.check_there()
     found = {name: read_alias(store, name) for name in alias_names(store)}
     return {name: entry for name, entry in found.items() if entry is not None}
 

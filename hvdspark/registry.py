@@ -74,9 +74,12 @@ def list_runs(store: Store) -> list[RunRecord]:
 
     Raises
     ------
+    ParamError
+        When there is no such Store.
     StoreError
         When the Store cannot be read.
     """
+    store.check_there()
     with ThreadPoolExecutor(_LOOKERS) as pool:
         found = pool.map(lambda name: _record_if_there(store, name), run_names(store))
         records = [record for record in found if record is not None]

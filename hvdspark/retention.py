@@ -87,7 +87,7 @@ def gc_runs(
     Raises
     ------
     ParamError
-        When no rule is given, or one that cannot be.
+        When no rule is given, or one that cannot be, or when there is no such Store.
     AliasError
         When an alias is damaged: nobody knows then what it refers to, and nothing is removed.
     StoreError

@@ -381,6 +381,23 @@ class Store:
         max_age_s = self._max_dataset_age_s if max_age_s is None else max_age_s
         return collect(self, max_bytes, max_age_s, dry_run=dry_run)
 
+    def check_there(self) -> None:
+        """Make sure that something has been written into the Store, so that one of that name is not just empty.
+
+        Raises
+        ------
+        ParamError
+            When its folder is not there.
+        StoreError
+            When that cannot be told.
+        """
+        if not self.exists():
+            raise ParamError(
+                f"there is no Store at '{self.url}': nothing has that address. Check its spelling, and that its file"
+                " system is mounted; the first fit into a Store makes it",
+                param="store",
+            )
+
     def check_writable(self) -> None:
         """Write and remove a small file, to find out before a job what would fail after it.
 

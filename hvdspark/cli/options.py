@@ -34,9 +34,11 @@ def json_option(command: Command) -> Command:
 
 @contextlib.contextmanager
 def opened(url: str) -> Iterator[Store]:
-    """Open the Store for a block; what goes wrong in it ends the command with a message and an exit code."""
+    """Open a Store that is there for a block; what goes wrong ends the command with a message and an exit code."""
     with telling():
-        yield Store.create(url)
+        store = Store.create(url)
+        store.check_there()
+        yield store
 
 
 @contextlib.contextmanager

@@ -105,6 +105,7 @@ def test_what_cannot_be_is_said_and_changes_nothing(
 
 
 def test_without_aliases_the_list_says_how_to_make_one(store: Store) -> None:
+    store.make_folder("runs")
     result = invoke(store, "list")
     assert (result.exit_code, result.stdout) == (0, "")
     assert "hvdspark models promote champion RUN" in result.stderr

@@ -32,6 +32,7 @@ def epoch(number: int, **metrics: float) -> EpochRecord:
 
 
 def test_runs_are_listed_the_newest_first_and_one_that_is_damaged_does_not_hide_the_others(store: Store) -> None:
+    store.make_folder("runs")
     assert list_runs(store) == []
     old, new = put(store, "a-old", 1.0), put(store, "b-new", 2.0)
     for name, content in {
@@ -126,6 +127,7 @@ def test_runs_are_compared_by_what_differs_and_by_all_metrics(store: Store) -> N
 
 
 def test_the_best_run_is_the_finished_one_whose_metric_says_so(store: Store) -> None:
+    store.make_folder("runs")
     with pytest.raises(ParamError, match=r"no run .* has finished"):
         best_run(store)
     put(store, "low", 1.0, metrics={"val_loss": 0.2, "accuracy": 0.7, "odd": math.nan})

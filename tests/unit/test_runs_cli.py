@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
-from hvdspark import Store, cli, list_runs
+from hvdspark import Store, cli, gc_runs, list_runs
+from hvdspark.aliases import list_aliases
 from hvdspark.cli.tables import table, value, when
+from hvdspark.errors import ParamError
 from hvdspark.history import EpochRecord, write_history
 from hvdspark.runs import Attempt, RankPlace, RunRecord
 
@@ -167,7 +170,7 @@ def test_without_a_store_and_with_an_empty_one_it_says_so(tmp_path: Path) -> Non
     done = CliRunner().invoke(cli.main, ["runs", "list"], env={"HVDSPARK_STORE": ""})
     assert done.exit_code == 2
     assert "--store" in done.stderr
-    done = CliRunner().invoke(cli.main, ["runs", "list", "--store", str(tmp_path / "none")])
+    done = CliRunner().invoke(cli.main, ["runs", "list", "--store", str(tmp_path)])
     assert (done.exit_code, done.stdout) == (0, "")
     assert "no runs in" in done.stderr
 
@@ -182,3 +185,38 @@ def test_values_are_written_as_people_read_them() -> None:
     ]
     assert when(float("nan")) == "-"
     assert table(["A", "B"], [["longer", ""], ["x", "y"]]) == "A       B\nlonger\nx       y"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["runs", "list"],
+        ["runs", "list", "--json"],
+        ["runs", "gc", "--keep-last", "1"],
+        ["runs", "best"],
+        ["models", "list"],
+        ["models", "promote", "champion", "monday"],
+        ["models", "rollback", "champion"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("url", ["{}/stor", "memory://{}/stor"])
+def test_a_store_that_is_not_there_is_wrong_and_is_not_made(tmp_path: Path, arguments: list[str], url: str) -> None:
+    address = url.format(tmp_path)
+    done = CliRunner().invoke(cli.main, arguments, env={"HVDSPARK_STORE": address})
+    assert done.exit_code == 78
+    assert done.stderr.startswith(
+        f"Error: there is no Store at '{Store.create(address).url}': nothing has that address"
+    )
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_looks_into_a_store_tells_one_that_is_not_there_from_an_empty_one(tmp_path: Path) -> None:
+    for look in (list_runs, list_aliases, partial(gc_runs, keep_last=1)):
+        with pytest.raises(ParamError, match="there is no Store at") as caught:
+            look(Store.create(tmp_path / "stor"))
+        assert caught.value.param == "store"
+    (tmp_path / "stor").mkdir()
+    store = Store.create(tmp_path / "stor")
+    assert (list_runs(store), list_aliases(store), gc_runs(store, keep_last=1)) == ([], {}, [])
