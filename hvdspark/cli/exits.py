@@ -67,7 +67,14 @@ _BY_CLASS: tuple[tuple[type[BaseException], Exit], ...] = (
 )
 
 # What Spark says when it was not the program's fault.
-_LOST = ("ExecutorLostFailure", "SparkContext was shut down", "stopped SparkContext", "Lost task", "FetchFailed")
+_LOST = ("ExecutorLostFailure", "SparkContext was shut down", "stopped SparkContext", "FetchFailed")
+# And when it was the rows' fault: files that are damaged, and values that cannot be what the query makes of them, which
+# are the class 22 of SQL's states.
+_BAD_DATA = re.compile(r"\[(FAILED_READ_FILE|CANNOT_READ_FILE_FOOTER|CAST_INVALID_INPUT)\b|SQLSTATE: 22")
+# Unless the files could not be reached.
+_OUT_OF_REACH = re.compile(
+    r"java\.net\.(Connect|Socket|SocketTimeout|NoRouteToHost)Exception|ConnectTimeoutException|BlockMissingException"
+)
 _CANCELLED = ("cancelled", "canceled")
 
 
@@ -88,13 +95,27 @@ def exit_code(exc: BaseException) -> Exit:
         # Spark's own way of stopping a program is to cancel its jobs.
         if exc.is_cancelled:
             return Exit.INTERRUPTED
-        return Exit.TRY_AGAIN if exc.is_passing else _of_spark(exc.__cause__ or exc)
+        if exc.is_passing:
+            return Exit.TRY_AGAIN
+        return _of_spark(exc) if exc.__cause__ is None else exit_code(exc.__cause__)
     if isinstance(exc, WorkerFailedError):
         return Exit.TRY_AGAIN if exc.is_passing else Exit.FAILED
+    if isinstance(exc, Py4JJavaError | PySparkException) and _is_of_data(str(exc)):
+        return Exit.DATA
     for cls, code in _BY_CLASS:
         if isinstance(exc, cls):
             return code
     return _of_spark(exc)
+
+
+def _is_of_data(text: str) -> bool:
+    """Whether Spark says that it cannot read the rows, or that they hold what cannot be."""
+    return _BAD_DATA.search(text) is not None and not _is_passing(text)
+
+
+def _is_passing(text: str) -> bool:
+    """Whether Spark says that it has lost something, or cannot reach it."""
+    return any(word in text for word in _LOST) or _OUT_OF_REACH.search(text) is not None
 
 
 def _of_spark(exc: BaseException) -> Exit:
@@ -108,7 +129,7 @@ def _of_spark(exc: BaseException) -> Exit:
         if any(word in text for word in _CANCELLED) and "Job" in text:
             return Exit.INTERRUPTED
         is_own = "PythonException" in text or "Traceback" in text
-        return Exit.TRY_AGAIN if any(word in text for word in _LOST) and not is_own else Exit.FAILED
+        return Exit.TRY_AGAIN if _is_passing(text) and not is_own else Exit.FAILED
     # Without an answer from the JVM: it is gone.
     is_gone = isinstance(exc, Py4JError | ConnectionError)
     return Exit.TRY_AGAIN if is_gone else Exit.FAILED

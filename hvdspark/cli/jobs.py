@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -20,6 +21,9 @@ from hvdspark.errors import HvdSparkError
 from hvdspark.recording import first_line
 
 logger = logging.getLogger(__name__)
+
+# As Spark names its errors: "[FAILED_READ_FILE.NO_HINT] Encountered error while reading file …".
+_NAMED = re.compile(r"\[[A-Z][A-Z_.]+\] .*")
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -129,6 +133,10 @@ def cause_of(exc: BaseException) -> str:
         # Spark puts the traceback of a Python task into its message: its last line is what was raised.
         raised = [line for line in lines if line and not line.startswith((" ", "\t"))]
         return raised[-1] if raised else lines[-1]
+    if len(lines) > 1 and lines[0].startswith("An error occurred while calling"):
+        # Java's errors come with the call that they ended, and with their causes: the last that has a name says why.
+        named: list[str] = _NAMED.findall(str(exc))
+        return named[-1] if named else lines[1].removeprefix(": ")
     return first_line(exc)
 
 

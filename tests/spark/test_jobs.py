@@ -355,7 +355,10 @@ def test_a_champion_that_cannot_be_compared_is_found_before_the_training(train: 
 
     def refused(run_id: str, *arguments: str) -> tuple[int, str]:
         code, result = train(run_id, None, *arguments)
-        assert not store.exists("runs", run_id, "run.json")
+        record = read_record(store, run_id)
+        assert record is not None
+        assert record.state == "failed"
+        assert all(attempt.ranks is None for attempt in record.attempts)
         return code, result["cause"]
 
     always = ("--set", "promote_if=always")
@@ -434,6 +437,7 @@ def test_a_run_that_another_driver_holds_is_left_alone(train: Any) -> None:
         (["--set", "feature_cols=[z]"], 78, "column 'z' does not exist"),
         (["--set", "evaluation={input: {path: /nowhere}}"], 65, "cannot read the input /nowhere"),
         (["--set", "input.window={column: id}", "--until", "0"], 65, "there are no rows to train on"),
+        (["--warm-start", "champoin"], 78, "Did you mean 'champion'?"),
         (["--set", "num_proc=9"], 75, "needs 9 slots"),
         (["--set", "estimator.model=/nowhere.keras"], 78, "cannot read /nowhere.keras"),
         (["--store", "nosuch://x"], 78, "cannot open the Store"),
@@ -452,6 +456,24 @@ def test_what_is_wrong_before_the_training_is_told_with_its_exit_code(
         assert cause in str(record.cause)
         assert [verdict.removed for verdict in gc_runs(train.store, keep_last=0)] == [True]
     assert train.store.list("runs") == []
+
+
+def test_rows_that_spark_cannot_read_are_bad_data(train: Any, data: str, tmp_path: Path) -> None:
+    (tmp_path / "cut").mkdir()
+    whole = next(Path(data).glob("*.parquet")).read_bytes()
+    (tmp_path / "cut" / "rows.parquet").write_bytes(whole[: len(whole) // 2])
+
+    def failed(run_id: str, **source: str) -> str:
+        settings = [part for name, value in source.items() for part in ("--set", f"input.{name}={value}")]
+        code, result = train(run_id, None, *settings)
+        assert (code, result["state"]) == (65, "failed"), result
+        return str(result["cause"])
+
+    # Spark looks at the footer for the schema, or, with one given, when the rows are read.
+    assert "rows.parquet" in failed("footer", path=str(tmp_path / "cut"))
+    assert "rows.parquet" in failed("rows", path=str(tmp_path / "cut"), schema="x DOUBLE, y DOUBLE, id LONG")
+    query = f"SELECT id, x, CAST(IF(id = 7, 'none', '1') AS INT) AS y FROM parquet.`{data}`"
+    assert "CAST_INVALID_INPUT" in failed("cast", path="null", sql=query)
 
 
 def test_scoring_goes_by_path_or_alias_and_says_what_is_wrong(

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from hvdspark.estimators.job.result import JobResult, read_result
 from py4j.protocol import Py4JNetworkError
-from pyspark.errors import PySparkException, PythonException
+from pyspark.errors import NumberFormatException, PySparkException, PythonException
 
 from hvdspark import Store, cli, errors
 from hvdspark.cli.exits import Exit, exit_code
@@ -21,6 +21,9 @@ from hvdspark.launch.failures import lost_stage
 from hvdspark.lease import held
 
 ROOT = Path(__file__).parents[2]
+
+BAD_CAST = "[CAST_INVALID_INPUT] The value 'x' cannot be cast to \"INT\". SQLSTATE: 22018"
+BAD_FILE = "Lost task 0.0 in stage 1.0: [FAILED_READ_FILE.NO_HINT] Encountered error while reading file /x"
 
 TASK = """
   An exception was thrown from the Python worker. Please see the stack trace below.
@@ -53,6 +56,12 @@ def lost(cause: Exception) -> errors.StageLostError:
         (lost(PySparkException("ExecutorLostFailure (executor 1 exited)")), Exit.TRY_AGAIN),
         (lost(PySparkException("Job 3 cancelled as part of cancellation of all jobs")), Exit.INTERRUPTED),
         (lost(PySparkException("Task not serializable: a lock")), Exit.FAILED),
+        (lost(NumberFormatException(BAD_CAST)), Exit.DATA),
+        (NumberFormatException(BAD_CAST), Exit.DATA),
+        (PySparkException(BAD_FILE), Exit.DATA),
+        (PySparkException(BAD_FILE + "\nCaused by: java.net.SocketTimeoutException: Read timed out"), Exit.TRY_AGAIN),
+        (PySparkException(BAD_FILE + "\nExecutorLostFailure (executor 1 exited)"), Exit.TRY_AGAIN),
+        (PySparkException("Job aborted: Lost task 0.0 in stage 1.0: java.lang.RuntimeException: no"), Exit.FAILED),
         (lost(Py4JNetworkError("Answer from Java side is empty")), Exit.TRY_AGAIN),
         (failed(is_passing=True), Exit.TRY_AGAIN),
         (failed(is_passing=False), Exit.FAILED),
