@@ -27,6 +27,7 @@ class TaskRun:
     state: str
     tries: int
     xcom: Any
+    xcoms: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,14 +107,13 @@ class Airflow:
             ).fetchone()
             assert row is not None, log
             state, run_id = row
-            values = {
-                task: json.loads(value)
-                for task, value in database.execute(
-                    "SELECT task_id, value FROM xcom WHERE run_id = ? AND key = 'return_value'", (run_id,)
-                )
-            }
+            values: dict[str, dict[str, Any]] = {}
+            for task, key, value in database.execute(
+                "SELECT task_id, key, value FROM xcom WHERE run_id = ?", (run_id,)
+            ):
+                values.setdefault(task, {})[key] = json.loads(value)
             tasks = {
-                task: TaskRun(state, tries, values.get(task))
+                task: TaskRun(state, tries, values.get(task, {}).get("return_value"), values.get(task, {}))
                 for task, state, tries in database.execute(
                     "SELECT task_id, state, try_number FROM task_instance WHERE run_id = ?", (run_id,)
                 )

@@ -123,6 +123,15 @@ def test_a_killed_try_goes_on_and_only_a_better_model_goes_into_production(night
     assert production.run_id == run_id
     assert first.tasks["promote"].xcom == {"run_id": run_id, "model": result["model"]}
 
+    # What a dashboard or a mail takes.
+    assert first.tasks["evaluate"].xcoms["metrics"] == {
+        "run_id": run_id,
+        "new": result["metrics"],
+        "current_run_id": None,
+        "current": {},
+        "promoted": True,
+    }
+
     second = airflow.run("retrain", "2026-11-28", {"overrides": {"epochs": 1, "learning_rate": 1e-6}})
     assert second.state == "success", second.log
     assert {name: task.state for name, task in second.tasks.items()} == {
@@ -140,4 +149,11 @@ def test_a_killed_try_goes_on_and_only_a_better_model_goes_into_production(night
     # Both were compared on the newest day.
     assert worse["metrics"]["val_loss"] > worse["champion"]["metrics"]["val_loss"]
     assert "val_loss" in second.tasks["keep"].xcom
+    assert second.tasks["evaluate"].xcoms["metrics"] == {
+        "run_id": worse["run_id"],
+        "new": worse["metrics"],
+        "current_run_id": run_id,
+        "current": worse["champion"]["metrics"],
+        "promoted": False,
+    }
     assert aliases.read_alias(store, "production") == production
