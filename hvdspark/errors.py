@@ -40,6 +40,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+JVM_GONE = "Spark's JVM is gone"
+
 # Causes and remedies, with a heading for each class; the file comes with the package.
 TROUBLESHOOTING = "hvdspark/troubleshooting.md"
 
@@ -344,6 +346,14 @@ class ModelFormatError(HvdSparkError):
     """A model or an estimator cannot be saved or loaded."""
 
 
+def text_of(exc: object) -> str:
+    """Return the text of an error; of Java's errors py4j has to ask the JVM, which may be what has gone."""
+    try:
+        return str(exc)
+    except Exception as reason:  # noqa: BLE001 - whatever the asking comes to
+        return f"{JVM_GONE}, and with it the text of a {type(exc).__name__}: {reason}"
+
+
 # An error of Python's or Java's, as its name and what it says; not Spark's own that wrap it.
 _TELLING = re.compile(
     r"^(?:Caused by: |.*\(TID \d+\) \([^)]*\): )?"
@@ -355,7 +365,7 @@ _TELLING = re.compile(
 def telling_line(exc: BaseException) -> str:
     """Return the line of one of Spark's errors that tells what was wrong."""
     java = getattr(exc, "java_exception", None)
-    text = str(java if java is not None else exc).strip()
+    text = text_of(java if java is not None else exc).strip()
     found = _TELLING.search(text)
     return (found[1] if found else text.partition("\n")[0]).strip() or type(exc).__name__
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
 
-from hvdspark.errors import HvdSparkError, StageLostError, StoreError, telling_line
+from hvdspark.errors import HvdSparkError, StageLostError, StoreError, telling_line, text_of
 from hvdspark.plain import to_json
 from hvdspark.plan import RankContext
 from hvdspark.runs import (
@@ -168,7 +168,7 @@ def first_line(exc: BaseException) -> str:
     """Return the first line of an error, with its class where it is not one of this library's; of Java's what tells."""
     if hasattr(exc, "java_exception"):
         return telling_line(exc)
-    text = str(exc).strip().partition("\n")[0]
+    text = text_of(exc).strip().partition("\n")[0]
     return text if isinstance(exc, HvdSparkError) else f"{type(exc).__name__}: {text}".rstrip(": ")
 
 

@@ -10,6 +10,7 @@ from pyspark.errors import AnalysisException, IllegalArgumentException, PySparkE
 
 from hvdspark import errors
 from hvdspark.errors import (
+    JVM_GONE,
     AliasConflictError,
     ConfigError,
     DataError,
@@ -18,6 +19,7 @@ from hvdspark.errors import (
     StageLostError,
     StoreError,
     WorkerFailedError,
+    text_of,
 )
 
 
@@ -67,7 +69,7 @@ _BY_CLASS: tuple[tuple[type[BaseException], Exit], ...] = (
 )
 
 # What Spark says when it was not the program's fault.
-_LOST = ("ExecutorLostFailure", "SparkContext was shut down", "stopped SparkContext", "FetchFailed")
+_LOST = (JVM_GONE, "ExecutorLostFailure", "SparkContext was shut down", "stopped SparkContext", "FetchFailed")
 # And when it was the rows' fault: files that are damaged, and values that cannot be what the query makes of them, which
 # are the class 22 of SQL's states.
 _BAD_DATA = re.compile(r"\[(FAILED_READ_FILE|CANNOT_READ_FILE_FOOTER|CAST_INVALID_INPUT)\b|SQLSTATE: 22")
@@ -100,7 +102,7 @@ def exit_code(exc: BaseException) -> Exit:
         return _of_spark(exc) if exc.__cause__ is None else exit_code(exc.__cause__)
     if isinstance(exc, WorkerFailedError):
         return Exit.TRY_AGAIN if exc.is_passing else Exit.FAILED
-    if isinstance(exc, Py4JJavaError | PySparkException) and _is_of_data(str(exc)):
+    if isinstance(exc, Py4JJavaError | PySparkException) and _is_of_data(text_of(exc)):
         return Exit.DATA
     for cls, code in _BY_CLASS:
         if isinstance(exc, cls):
@@ -120,7 +122,7 @@ def _is_passing(text: str) -> bool:
 
 def _of_spark(exc: BaseException) -> Exit:
     """Tell by its words whether Spark lost something; errors of user functions are the program's own."""
-    text = str(exc)
+    text = text_of(exc)
     # What hvdspark raised within a task comes back as the last line of a Python traceback.
     raised = re.findall(r"^hvdspark\.errors\.(\w+):", text, re.MULTILINE)
     if raised and issubclass(getattr(errors, raised[-1], Exception), ConfigError | DataError):

@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from hvdspark.cli.exits import Exit
-from hvdspark.errors import HvdSparkError
+from hvdspark.errors import HvdSparkError, text_of
 from hvdspark.recording import first_line
 
 logger = logging.getLogger(__name__)
@@ -121,21 +121,22 @@ def report(exc: BaseException) -> None:
     elif isinstance(exc, KeyboardInterrupt):
         logger.error("interrupted%s", f" by {exc}" if str(exc) else "")
     else:
-        logger.error("%s", exc, exc_info=exc)
+        logger.error("%s", text_of(exc), exc_info=exc)
 
 
 def cause_of(exc: BaseException) -> str:
     """Return the line that says why."""
     if isinstance(exc, KeyboardInterrupt):
         return f"interrupted{f' by {exc}' if str(exc) else ''}"
-    lines = str(exc).strip().splitlines()
-    if not isinstance(exc, HvdSparkError) and "Traceback" in str(exc):
+    text = text_of(exc)
+    lines = text.strip().splitlines()
+    if not isinstance(exc, HvdSparkError) and "Traceback" in text:
         # Spark puts the traceback of a Python task into its message: its last line is what was raised.
         raised = [line for line in lines if line and not line.startswith((" ", "\t"))]
         return raised[-1] if raised else lines[-1]
     if len(lines) > 1 and lines[0].startswith("An error occurred while calling"):
         # Java's errors come with the call that they ended, and with their causes: the last that has a name says why.
-        named: list[str] = _NAMED.findall(str(exc))
+        named: list[str] = _NAMED.findall(text)
         return named[-1] if named else lines[1].removeprefix(": ")
     return first_line(exc)
 
