@@ -155,10 +155,10 @@ def note_models(path: Path, fatal: int = 0) -> None:
 
 def models_and_states(path: Path) -> list[str]:
     lines = path.read_text().splitlines()
-    return [line for line in lines if line == "serialized" or line.endswith((".keras", "manifest.json"))]
+    return [line for line in lines if line == "serialized" or line.endswith((".keras", "/manifest"))]
 
 
-STATES = [f"checkpoints/state-{step:012d}/manifest.json" for step in (4, 8)]
+STATES = [f"checkpoints/state-{step:012d}/manifest" for step in (4, 8)]
 
 
 @pytest.mark.parametrize(
