@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,23 @@ from hvdspark.runs import read_record
 HERE = Path(__file__).parent
 
 
-def run(program: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
+pytestmark = pytest.mark.timeout(900)  # each driver is a Python and a Java of its own
+
+
+def run(*command: str) -> tuple[int, str, str]:
+    """Run a program to its own end: what it started may hold its output open for a while longer."""
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
-    return subprocess.run(
-        [sys.executable, *program, *arguments], env=environment, capture_output=True, text=True, check=False
-    )
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as log:
+        program = [sys.executable, *command]
+        done = subprocess.run(program, env=environment, stdout=output, stderr=log, text=True, check=False)
+        output.seek(0)
+        log.seek(0)
+        return done.returncode, output.read(), log.read()[-4000:]
 
 
 def dying(*arguments: str) -> None:
-    done = run([str(HERE / "dying_driver.py")], *arguments)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-4000:]
+    code, _, log = run(str(HERE / "dying_driver.py"), *arguments)
+    assert code == -signal.SIGKILL, log
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +95,9 @@ class Job:
     store: Store
 
     def train(self, run_id: str, *arguments: str) -> tuple[int, dict[str, Any]]:
-        done = run(["-m", "hvdspark"], *self.command(run_id, *arguments))
-        assert done.stdout, done.stderr[-4000:]
-        return done.returncode, json.loads(done.stdout.splitlines()[-1])
+        code, output, log = run("-m", "hvdspark", *self.command(run_id, *arguments))
+        assert output, log
+        return code, json.loads(output.splitlines()[-1])
 
     def command(self, run_id: str, *arguments: str) -> list[str]:
         return ["train", "--config", str(self.path), "--run-id", run_id, *arguments]
