@@ -214,7 +214,6 @@ def test_arrays_texts_and_numbers_in_the_types_of_other_programs_are_read_as_spa
     columns: dict[str, tuple[pa.Array, Any]] = {
         "wide_list": (pa.array(rows, pa.large_list(pa.float32())), rows),
         "fixed_list": (pa.array(rows, pa.list_(pa.int64(), 2)), rows),
-        "view": (pa.array(rows, pa.list_view(pa.float64())), rows),
         "nested": (pa.array([rows, rows], pa.large_list(pa.list_(pa.int16(), 2))), [rows, rows]),
         "unsigned_list": (pa.array(rows, pa.large_list(pa.uint8())), rows),
         "u8": (pa.array([1, 255], pa.uint8()), [[1], [255]]),
