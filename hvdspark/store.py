@@ -498,7 +498,7 @@ class Store:
         with self._named("list", *parts):
             try:
                 found: Sequence[Any] = self._fs.ls(self.path(*parts), detail=detail)
-            except FileNotFoundError:
+            except _ABSENT:
                 self._check_there()
                 return ()
         return found
