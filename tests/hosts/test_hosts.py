@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from networks import NAMES, NETWORKS, SLOTS, Site, rdma_on
-from openmpi import as_imported, executors_on, openmpi_python  # noqa: F401 - fixtures
+from openmpi_environment import as_imported, executors_on, openmpi_python  # noqa: F401 - fixtures
 from pyspark.sql import SparkSession
 
 import hvdspark

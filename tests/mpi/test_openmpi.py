@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 from faulty_fits import Fault, assert_same, df, die, estimator, outcome  # noqa: F401 - df is a fixture
-from openmpi import as_imported, executors_on, openmpi_python  # noqa: F401 - fixtures
+from openmpi_environment import as_imported, executors_on, openmpi_python  # noqa: F401 - fixtures
 from pyspark.sql import DataFrame, SparkSession
 
 import hvdspark

@@ -195,15 +195,16 @@ def test_a_parent_that_goes_as_room_is_made_is_no_hindrance(
 def test_what_killed_executors_left_is_removed_and_nothing_else(imports: Path, tmp_path: Path) -> None:
     assert run(recipe_with(imports, LEVEL="1"), lambda: 1) == 1
     folder = tmp_path / f"hvdspark-{os.getuid()}"
+    # Of an executor that is none: the number is more than any process has.
     (killed, busy) = (socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX))
-    killed.bind(str(folder / "1-killed"))
+    killed.bind(str(folder / "4194305-killed"))
     killed.close()
     with busy:
-        busy.bind(str(folder / "1-busy"))
+        busy.bind(str(folder / "4194305-busy"))
         busy.listen()
         assert run(recipe_with(imports, LEVEL="2"), lambda: 2) == 2
-        assert "1-busy" in sockets(tmp_path)
-    assert "1-killed" not in sockets(tmp_path)
+        assert "4194305-busy" in sockets(tmp_path)
+    assert "4194305-killed" not in sockets(tmp_path)
     assert (folder / "lock").is_file()
     assert len(sockets(tmp_path)) == 3
 
