@@ -117,11 +117,15 @@ def store(tmp_path: Path) -> Store:
 
 
 def own_processes() -> Iterator[tuple[psutil.Process, list[str]]]:
-    """Go through the interpreters' processes with their command lines, those whose parents are gone included."""
+    """Go through the interpreters' processes with their command lines, those whose parents are gone included.
+
+    Lanes that run beside this one have a namespace of processes of their own, which is seen from here.
+    """
+    here = Path("/proc/self/ns/pid").readlink()
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, OSError):
             command = process.cmdline()
-            if INTERPRETERS & set(command[:1]):
+            if INTERPRETERS & set(command[:1]) and Path(f"/proc/{process.pid}/ns/pid").readlink() == here:
                 yield process, command
 
 
