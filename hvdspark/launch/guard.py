@@ -110,7 +110,7 @@ def stand_guard(work: Callable[[], object], lifeline: int, handed_over: tuple[in
             *messages, rest = (rest + said).split(END)
             folder = next((message[1:] for message in messages if message.startswith(FOLDER)), folder)
             if ending is None and SHOW_STACKS in messages:
-                os.kill(child, STACKS_SIGNAL)
+                _interrupt(child, STACKS_SIGNAL)
                 # One that was stopped heeds no signal before it goes on.
                 os.kill(child, signal.SIGCONT)
     ending = _kill_all(child, ending)
@@ -148,6 +148,19 @@ def _heard(lifeline: int) -> bytes:
         return os.read(lifeline, 4096)
     except OSError:
         return b""
+
+
+def _interrupt(pid: int, number: int) -> None:
+    """Send a signal to the main thread of a process.
+
+    Sent to the process, any thread may take it; where all of them were stopped, the main one has often gone on by then,
+    and its stack no longer shows where it was.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "tgkill"):
+        libc.tgkill(pid, pid, number)
+    else:
+        os.kill(pid, number)
 
 
 def _prctl(option: int, value: int) -> None:
