@@ -1,7 +1,8 @@
 """Whether training on the GPUs of this machine works, and how fast: the ranks' side alone, without Spark.
 
-Each GPU gets a rank: a training process under its guard, as a barrier task starts it. They average tensors of several
-sizes by Horovod, and train a small convolutional network on rows from Parquet files, by the same trainer as a fit's.
+Each GPU gets a rank, with --share several: a training process under its guard, as a barrier task starts it. They
+average tensors of several sizes by Horovod, and train a small convolutional network on rows from Parquet files, by the
+same trainer as a fit's.
 What was measured goes to standard output as one line of JSON, all else to standard error. With --cpu the same ranks use
 Gloo and no GPU: that says whether this program works, and nothing about GPUs.
 """
@@ -68,7 +69,10 @@ def measure_allreduce(seconds: float, sizes_mib: Sequence[int], want_nccl: bool)
     import tensorflow as tf
 
     hvd.init()
+    gpus.find_libraries()
     devices = tf.config.list_physical_devices("GPU")
+    for device in devices:
+        tf.config.experimental.set_memory_growth(device, True)  # NCCL needs some, and so do ranks that share one
     if want_nccl and not (devices and hvd.nccl_built()):
         raise RuntimeError(
             f"TensorFlow {tf.__version__} sees {len(devices)} GPUs, and Horovod was built"
@@ -103,11 +107,12 @@ def measure_allreduce(seconds: float, sizes_mib: Sequence[int], want_nccl: bool)
 
 
 def run_ranks(job: Job, ranks: int, devices: Sequence[str]) -> list[Any]:
-    """Run a job on ranks of this machine as barrier tasks would, each with its GPU; returns their answers by rank."""
+    """Run a job on ranks of this machine as barrier tasks would, on a GPU each; returns their answers by rank."""
     peers = [topology.Peer(rank, "localhost", topology.LOOPBACK) for rank in range(ranks)]
     contexts = topology.assign_ranks(peers)
     given = [[device] for device in devices] or [[]] * ranks
     hidden = {} if devices else {gpus.VISIBLE: ""}
+    sharing = ranks / len(set(devices)) if devices else 1
     recipe = recipe_of({"TF_CPP_MIN_LOG_LEVEL": "2", "KERAS_BACKEND": "tensorflow", **hidden}, job.modules)
     payload = cloudpickle.dumps(job)
     token = secrets.token_hex(16)
@@ -117,8 +122,9 @@ def run_ranks(job: Job, ranks: int, devices: Sequence[str]) -> list[Any]:
             environment = {
                 **topology.rank_environment(contexts[number]),
                 **gloo_environment(server.address, token, "lo"),
-                **gpus.gpu_environment(contexts, given, number, hidden, 1),
+                **gpus.gpu_environment(contexts, given, number, hidden, 1 / sharing),
                 "NCCL_SOCKET_IFNAME": "lo",
+                **({"NCCL_MULTI_RANK_GPU_ENABLE": "1"} if sharing > 1 else {}),
             }
             with Child(recipe, warm=False) as child:
                 outcome = child.run(
@@ -193,10 +199,12 @@ def check(arguments: argparse.Namespace) -> dict[str, Any]:
     """Make the check, and return what was measured."""
     on_gpus = not arguments.cpu
     devices = find_gpus() if on_gpus else []
-    ranks = arguments.ranks or len(devices) or 2
-    if on_gpus and ranks > len(devices):
-        raise CheckError(f"--ranks {ranks}, but there are {len(devices)} GPUs, and each rank needs one of its own")
-    devices = devices[:ranks]
+    ranks = arguments.ranks or len(devices) * arguments.share or 2
+    if on_gpus and ranks > len(devices) * arguments.share:
+        raise CheckError(
+            f"--ranks {ranks}, but there are {len(devices)} GPUs for {arguments.share} each (--share says for how many)"
+        )
+    devices = (devices * arguments.share)[:ranks]
     sizes_mib, rows, batch = ((1, 16, 256), 32_768, 256) if on_gpus else ((1, 16), 512, 32)
     measure = Job(measure_allreduce, (arguments.seconds, sizes_mib, on_gpus))
     (found, *_) = run_ranks(measure, ranks, devices)
@@ -215,6 +223,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--cpu", action="store_true", help="the same over Gloo, without GPUs")
     parser.add_argument("--ranks", type=int, help="how many; by default one for each GPU, or two with --cpu")
+    parser.add_argument("--share", type=int, default=1, help="how many ranks on each GPU")
     parser.add_argument("--seconds", type=float, default=10.0, help="how long to measure the allreduce")
     parser.add_argument("--policy", default="float32", help="Keras' dtype policy, such as mixed_float16")
     arguments = parser.parse_args()

@@ -13,8 +13,10 @@ from hvdspark.estimators.keras import lean  # isort: skip  # noqa: F401 - before
 import keras
 import tensorflow as tf
 from hvdspark.estimators.keras import codec
+from pyspark import TaskContext
 
 from hvdspark.data.blocks import Block
+from hvdspark.launch import gpus
 
 
 class _KerasScorer:
@@ -48,6 +50,27 @@ def load_scorer(payload: bytes) -> _KerasScorer:
         tf.config.threading.set_inter_op_parallelism_threads(1)
     except RuntimeError:
         pass  # TensorFlow is running already in this worker, with the threads it has
+    choose_device()
     data, custom_objects, safe_mode, origin = cloudpickle.loads(payload)
     model = codec.model_from_bytes(data, custom_objects, safe_mode=safe_mode, compiled=False, origin=origin)
     return _KerasScorer(model)
+
+
+def choose_device() -> None:
+    """Have this worker compute on the GPU that Spark gave its task, or, where it gives none, on one of the host's.
+
+    Several workers can come to use one: each takes of its memory what it needs, not all, as TensorFlow does by itself.
+    """
+    task = TaskContext.get()
+    given = gpus.addresses_of(task.resources()) if task is not None else ()
+    gpus.see(given)
+    gpus.find_libraries()
+    devices = tf.config.list_physical_devices("GPU")
+    if not devices:
+        return
+    own = devices[task.partitionId() % len(devices) if task is not None and not given else 0]
+    try:
+        tf.config.set_visible_devices(own, "GPU")
+        tf.config.experimental.set_memory_growth(own, True)
+    except RuntimeError:
+        pass  # TensorFlow is running already in this worker, on the device it has

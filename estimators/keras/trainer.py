@@ -78,6 +78,8 @@ def train(plan: FitPlan, spec: KerasSpec) -> TrainResult | None:
 
 def _choose_devices(use_gpu: bool) -> None:
     """Give the rank the one GPU that is its own, or none; must come before anything else touches TensorFlow."""
+    if use_gpu:
+        gpus.find_libraries()
     visible = tf.config.list_physical_devices("GPU") if use_gpu else []
     own = visible[gpus.position(len(visible), context_from_environment(), os.environ)] if visible else None
     tf.config.set_visible_devices([] if own is None else own, "GPU")

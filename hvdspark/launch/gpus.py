@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,15 +64,22 @@ def gpu_environment(
     shared = check_apart([ranks[partition] for partition in range(len(given))], given, amount)
     if shared and ranks[own].rank == 0:
         logger.warning(
-            "Spark gave %s, as %s=%g lets it; NCCL wants a GPU for each rank", "; ".join(shared), AMOUNT, amount
+            "Spark gave %s, as %s=%g lets it; NCCL wants a GPU for each rank, or NCCL_MULTI_RANK_GPU_ENABLE=1",
+            "; ".join(shared),
+            AMOUNT,
+            amount,
         )
+    visible = visible_environment(given[own])
+    return {OWN: "1", **{name: value for name, value in visible.items() if name not in env}}
+
+
+def visible_environment(given: Sequence[str]) -> dict[str, str]:
+    """Return the variables by which a process sees the GPUs that Spark gave its task, and no others; none for none."""
+    if not given:
+        return {}
     # nvidia-smi, by which Spark's scripts find devices, counts them so; CUDA by itself begins with the fastest.
-    by_number = all(address.isdigit() for address in given[own])
-    return {
-        VISIBLE: ",".join(given[own]),
-        OWN: "1",
-        **({ORDER: "PCI_BUS_ID"} if by_number and ORDER not in env else {}),
-    }
+    by_number = all(address.isdigit() for address in given)
+    return {VISIBLE: ",".join(given), **({ORDER: "PCI_BUS_ID"} if by_number else {})}
 
 
 def check_apart(ranks: Sequence[RankContext], gpus: Sequence[Sequence[str]], amount: float) -> list[str]:
@@ -108,6 +118,26 @@ def check_apart(ranks: Sequence[RankContext], gpus: Sequence[Sequence[str]], amo
             " executor per host."
         )
     return shared
+
+
+def see(given: Sequence[str]) -> None:
+    """Have this process see the GPUs that Spark gave its task, and no others, but for a choice that was made for it."""
+    for name, value in visible_environment(given).items():
+        os.environ.setdefault(name, value)
+
+
+def find_libraries() -> None:
+    """Load the library of CUDA that TensorFlow does not find where it is installed from PyPI, ``tensorflow[and-cuda]``.
+
+    Without it TensorFlow does without GPUs. Must come before it is asked for devices.
+    """
+    spec = importlib.util.find_spec("nvidia")
+    for folder in spec.submodule_search_locations or () if spec is not None else ():
+        for library in Path(folder, "cusolver", "lib").glob("libcusolver.so.*"):
+            try:
+                ctypes.CDLL(str(library))
+            except OSError as error:
+                logger.info("%s cannot be loaded: %s", library, error)
 
 
 def may_be_used(given: Sequence[str], env: Mapping[str, str], root: Path = Path("/")) -> bool:

@@ -61,6 +61,20 @@ def test_the_error_says_that_gpus_run_out_before_cores_do(spark: SparkSession) -
         hvdspark.run(visible, num_proc=3)
 
 
+def test_a_worker_that_scores_sees_the_gpu_of_its_task(spark: SparkSession) -> None:
+    def seen(_: int) -> tuple[str, str]:
+        from hvdspark.estimators.keras.scorer import choose_device
+        from pyspark import TaskContext
+
+        choose_device()
+        (given,) = TaskContext.get().resources()["gpu"].addresses
+        return given, os.environ["CUDA_VISIBLE_DEVICES"]
+
+    found = spark.sparkContext.parallelize(range(2), 2).map(seen).collect()
+    assert {given for given, _ in found} <= ADDRESSES
+    assert all(given == own for given, own in found)
+
+
 @pytest.mark.parametrize("use_gpu", [True, False])
 def test_the_log_of_a_run_says_which_gpu_each_rank_has(spark: SparkSession, store: Store, use_gpu: bool) -> None:
     df = spark.createDataFrame([(float(i % 7), float(i % 7) * 2) for i in range(64)], "x double, y double")
