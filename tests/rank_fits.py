@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import cloudpickle
 import keras
 import numpy as np
 import pyarrow as pa
-from gloo_ranks import process, two_gloo_ranks
+from gloo_ranks import process, two_gloo_ranks, warm_command
 from hvdspark.estimators.keras import codec
 from hvdspark.estimators.keras.spec import KerasSpec
 
@@ -115,9 +114,9 @@ def run_ranks(
     with contextlib.ExitStack() as stack:
         ranks: Sequence[Any]
         if plan.train.size == 1:
-            ranks = [stack.enter_context(process(sys.executable, "-c", RANK, **ALONE, **settings))]
+            ranks = [stack.enter_context(process(*warm_command(RANK), **ALONE, **settings))]
         else:
-            ranks = stack.enter_context(two_gloo_ranks(RANK, **settings))
+            ranks = stack.enter_context(two_gloo_ranks(RANK, warm=True, **settings))
         errors = [rank.communicate(timeout=240)[1] for rank in ranks]
     found = fit.with_suffix(".result")
     result = cloudpickle.loads(found.read_bytes()) if found.exists() else None

@@ -132,7 +132,7 @@ with horovod_session(hvd) as session:
 
 
 def test_both_ways_average_every_kind_of_gradient_alike() -> None:
-    with two_gloo_ranks(KINDS, KERAS_BACKEND="tensorflow") as ranks:
+    with two_gloo_ranks(KINDS, warm=True, KERAS_BACKEND="tensorflow") as ranks:
         for rank in ranks:
             _, log = rank.communicate(timeout=TIMEOUT_S)
             assert rank.returncode == 0, log
@@ -154,7 +154,7 @@ with horovod_session(hvd) as session:
 
 def choices(values: int) -> tuple[str, str, str]:
     """Let two ranks choose for a model of so many values; returns what each printed, and the first one's log."""
-    with two_gloo_ranks(CHOICE, KERAS_BACKEND="tensorflow", VALUES=str(values)) as ranks:
+    with two_gloo_ranks(CHOICE, warm=True, KERAS_BACKEND="tensorflow", VALUES=str(values)) as ranks:
         (first, log), (second, _) = [rank.communicate(timeout=TIMEOUT_S) for rank in ranks]
     return first, second, log
 
@@ -203,7 +203,7 @@ with horovod_session(hvd) as session:
 
 
 def test_a_rank_killed_within_a_step_is_an_error_of_a_lost_peer_for_the_other() -> None:
-    with two_gloo_ranks(LOST_IN_A_STEP, KERAS_BACKEND="tensorflow") as (first, second):
+    with two_gloo_ranks(LOST_IN_A_STEP, warm=True, KERAS_BACKEND="tensorflow") as (first, second):
         assert first_line(first) == first_line(second) == "ready"
         os.kill(second.pid, signal.SIGKILL)
         found, log = first.communicate(timeout=30)
