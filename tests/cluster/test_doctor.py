@@ -134,7 +134,11 @@ def test_a_cluster_that_is_well_is_found_so_and_measured(cluster: MixedCluster) 
     assert list(cluster.store.iterdir()) == []
 
 
-def test_all_that_is_wrong_with_a_cluster_is_found_at_once(cluster: MixedCluster, broken: SparkSession) -> None:
+def test_all_that_is_wrong_with_a_cluster_is_found_at_once(
+    cluster: MixedCluster, broken: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # All executors are there, and the fourth is waited for in full.
+    monkeypatch.setattr("hvdspark.doctor.examination._TOO_FEW_S", 1.0)
     broken.sparkContext.pythonExec = PYTHON
     result = CliRunner().invoke(main, ["doctor", "--store", str(cluster.store), "--num-proc", "4", *PATIENCE, "--json"])
     assert result.exit_code == 1, result.output

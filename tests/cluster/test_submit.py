@@ -210,7 +210,9 @@ def test_a_killed_driver_and_the_same_command_give_the_same_model_which_is_no_be
 
 
 def test_rows_that_are_not_there_are_bad_data_to_a_scheduler(site: Site, by_archive: list[str]) -> None:
-    done = site.run(site.train(by_archive, "--run-id", "absent", "--set", "input.path=/nowhere/rows.parquet"))
+    # It comes to no executors.
+    options = [*by_archive, "--master", "local[1]"]
+    done = site.run(site.train(options, "--run-id", "absent", "--set", "input.path=/nowhere/rows.parquet"))
     assert done.code == done.result["exit_code"] == 65
     assert "/nowhere/rows.parquet" in done.result["cause"]
     assert site.store.read_json("runs", "absent", "result.json") == done.result

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +69,13 @@ spark: {{spark.master: "local[1]", spark.ui.enabled: false, spark.driver.host: 1
 """
 
 
-@pytest.fixture
-def command(tmp_path: Path) -> list[str]:
+def command_in(folder: Path) -> list[str]:
+    """Write a job into a folder; returns the command that does it, but for a value to set."""
     x = np.random.default_rng(1).normal(size=512)
-    pq.write_table(pa.table({"x": x, "y": 2 * x}), tmp_path / "rows.parquet")
-    (tmp_path / "train_parts.py").write_text(PARTS)
-    (tmp_path / "job.yaml").write_text(JOB.format(folder=tmp_path))
-    return [sys.executable, "-m", "hvdspark", "train", "--config", str(tmp_path / "job.yaml"), "--set"]
+    pq.write_table(pa.table({"x": x, "y": 2 * x}), folder / "rows.parquet")
+    (folder / "train_parts.py").write_text(PARTS)
+    (folder / "job.yaml").write_text(JOB.format(folder=folder))
+    return [sys.executable, "-m", "hvdspark", "train", "--config", str(folder / "job.yaml"), "--set"]
 
 
 def result_in(output: str, folder: Path) -> dict[str, Any]:
@@ -83,8 +85,8 @@ def result_in(output: str, folder: Path) -> dict[str, Any]:
     return result
 
 
-def test_an_error_of_a_rank_is_for_good_and_its_words_are_the_cause(command: list[str], tmp_path: Path) -> None:
-    failing = [*command, "estimator.callbacks=train_parts:failing"]
+def test_an_error_of_a_rank_is_for_good_and_its_words_are_the_cause(tmp_path: Path) -> None:
+    failing = [*command_in(tmp_path), "estimator.callbacks=train_parts:failing"]
     done = subprocess.run(failing, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 70, done.stderr
     result = result_in(done.stdout, tmp_path)
@@ -99,34 +101,48 @@ def rows_that_end_java(folder: Path) -> str:
     return f"input={json.dumps({'sql': query})}"
 
 
-def test_a_lost_jvm_may_be_tried_again(command: list[str], tmp_path: Path) -> None:
+def test_a_lost_jvm_may_be_tried_again(tmp_path: Path) -> None:
     # In local mode the tasks run in the driver's JVM.
-    done = subprocess.run(
-        [*command, rows_that_end_java(tmp_path)], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    command = [*command_in(tmp_path), rows_that_end_java(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 75, done.stderr
     assert result_in(done.stdout, tmp_path)["exit_code"] == 75
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_interrupts_the_job_which_says_so(command: list[str], tmp_path: Path, number: signal.Signals) -> None:
-    holding = [*command, "estimator.callbacks=train_parts:holding"]
+@contextlib.contextmanager
+def held_job(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Start a job that waits after its first epoch; on leaving it is killed if it still runs."""
+    folder.mkdir()
+    holding = [*command_in(folder), "estimator.callbacks=train_parts:holding"]
     with (
-        (tmp_path / "log").open("w") as log,
-        subprocess.Popen(holding, cwd=tmp_path, stdout=subprocess.PIPE, stderr=log, text=True) as process,
+        (folder / "log").open("w") as log,
+        subprocess.Popen(holding, cwd=folder, stdout=subprocess.PIPE, stderr=log, text=True) as process,
     ):
         try:
-            mark = tmp_path / "mark"
-            wait_for(lambda: mark.exists() or process.poll() is not None, "the first epoch", 600)
-            assert mark.exists(), (tmp_path / "log").read_text()
-            os.kill(process.pid, number)
-            output, _ = process.communicate(timeout=300)
+            yield process
         finally:
             process.kill()
-    assert process.returncode == 130, (tmp_path / "log").read_text()
-    result = result_in(output, tmp_path)
+
+
+def test_a_signal_interrupts_the_job_which_says_so(tmp_path: Path) -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    with contextlib.ExitStack() as stack:
+        # Side by side, because they start slowly.
+        jobs = [stack.enter_context(held_job(tmp_path / number.name)) for number in numbers]
+        for number, process in zip(numbers, jobs, strict=True):
+            check_interrupted(number, process, tmp_path / number.name)
+
+
+def check_interrupted(number: signal.Signals, process: subprocess.Popen[str], folder: Path) -> None:
+    mark = folder / "mark"
+    wait_for(lambda: mark.exists() or process.poll() is not None, "the first epoch", 600)
+    assert mark.exists(), (folder / "log").read_text()
+    os.kill(process.pid, number)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 130, (folder / "log").read_text()
+    result = result_in(output, folder)
     assert (result["state"], result["exit_code"]) == ("interrupted", 130)
     assert result["cause"].startswith("interrupted")
-    record = read_record(Store.create(tmp_path / "store"), "nightly")
+    record = read_record(Store.create(folder / "store"), "nightly")
     assert record is not None
     assert record.state == "interrupted"
