@@ -8,16 +8,21 @@ import stat
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 
 import cloudpickle
 import psutil
 import pytest
+from hvdspark.estimators import KerasEstimator
 from pyspark.sql import SparkSession
 
 from hvdspark import Store
+from hvdspark.worker.job import Job
 
 TWO_EXECUTORS = "local-cluster[2,1,2048]"
+
+# What a fit's ranks import ahead: functions that say the same run in forks of the parents that fits leave.
+KERAS_RANK = Job(KerasEstimator._trainer).modules
 
 # What executors run, so that nothing of it is overlooked when it stays.
 INTERPRETERS = {sys.executable}
@@ -64,6 +69,11 @@ def _shared() -> Iterator[dict[str, SparkSession]]:
     shared: dict[str, SparkSession] = {}
     yield shared
     _stop(shared)
+
+
+def shares_a_session(module: ModuleType) -> bool:
+    """Whether a module takes the session as it is where nobody says otherwise, see :func:`spark`."""
+    return not any(hasattr(module, name) for name in ("MASTER", "OWN_SESSION", "spark_conf"))
 
 
 @pytest.fixture(scope="module")

@@ -79,7 +79,7 @@ def run_python(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYSPARK_")}
     environment["PATH"] = os.pathsep.join([PYTHON_FOLDER, environment["PATH"]])
     # Programs this short spend most of their time on compiling Spark: let Java compile less, and collect simply.
-    environment["JDK_JAVA_OPTIONS"] = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
+    environment.setdefault("JDK_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=folder,

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+from clusters import KERAS_RANK
 from pyspark.sql import SparkSession
 
 import hvdspark
@@ -62,7 +63,7 @@ def test_the_users_error_of_rank_1_arrives_by_name(spark: SparkSession) -> None:
         hvd.allreduce(tf.zeros(3))
 
     with pytest.raises(WorkerFailedError) as caught:
-        hvdspark.run(broken, num_proc=2)
+        hvdspark.run(broken, num_proc=2, preload=KERAS_RANK)
     error = caught.value
     assert str(error).splitlines()[0] == "rank 1 on 127.0.0.1: LookupError: no such flight"
     assert "in broken" in str(error)
@@ -84,7 +85,7 @@ def test_a_killed_rank_ends_the_job_at_once_and_is_named(spark: SparkSession) ->
             hvd.allreduce(tf.zeros(3), name=f"step {step}")
 
     with pytest.raises(WorkerFailedError, match=r"^rank 0 on .*SIGKILL") as caught:
-        hvdspark.run(killed, num_proc=2)
+        hvdspark.run(killed, num_proc=2, preload=KERAS_RANK)
     assert caught.value.root_cause == 0
 
 
@@ -104,7 +105,7 @@ def test_a_killed_rank_is_named_though_its_peer_raises_an_error_of_its_own_becau
                 raise RuntimeError(f"step {step} failed") from exc
 
     with pytest.raises(WorkerFailedError, match=r"^rank 0 on .*SIGKILL") as caught:
-        hvdspark.run(killed, num_proc=2)
+        hvdspark.run(killed, num_proc=2, preload=KERAS_RANK)
     assert caught.value.is_passing
     assert caught.value.failures[1].startswith("RuntimeError: step ")
 

@@ -15,7 +15,7 @@ from typing import Self
 
 import psutil
 import pytest
-from clusters import own_processes, training_processes
+from clusters import KERAS_RANK, own_processes, training_processes
 from pyspark.sql import SparkSession
 
 import hvdspark
@@ -101,7 +101,7 @@ def run_among(said: Sequence[bytes], folder: Path) -> list[float]:
                 total_after,
                 (str(folder / "visited"),),
                 num_proc=2,
-                preload=("tensorflow", "horovod.tensorflow"),
+                preload=KERAS_RANK,
                 env={"HOROVOD_GLOO_TIMEOUT_SECONDS": "20"},
             )
         finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import keras
 import numpy as np
 import pytest
+from clusters import KERAS_RANK
 from hvdspark.estimators import KerasEstimator
 from pyspark.sql import SparkSession
 
@@ -29,7 +30,7 @@ def test_three_ranks_meet_and_a_subset_can_talk_by_itself(spark: SparkSession) -
         hvd.allreduce(value, name="everybody is through")
         return hvd.rank(), everybody, some
 
-    assert hvdspark.run(work, num_proc=3) == [(0, 3.0, 2.0), (1, 3.0, None), (2, 3.0, 2.0)]
+    assert hvdspark.run(work, num_proc=3, preload=KERAS_RANK) == [(0, 3.0, 2.0), (1, 3.0, None), (2, 3.0, 2.0)]
 
 
 def test_the_rank_that_failed_first_is_the_root_cause(spark: SparkSession) -> None:
@@ -44,7 +45,7 @@ def test_the_rank_that_failed_first_is_the_root_cause(spark: SparkSession) -> No
         hvd.allreduce(tf.zeros(1), name="two are waiting")
 
     with pytest.raises(WorkerFailedError, match=r"^rank 2 on .*: KeyError: 'the cause'") as caught:
-        hvdspark.run(work, num_proc=3)
+        hvdspark.run(work, num_proc=3, preload=KERAS_RANK)
     assert caught.value.root_cause == 2
     assert set(caught.value.failures) == {0, 1, 2}
 
