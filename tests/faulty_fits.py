@@ -115,10 +115,18 @@ def outcome(model: Any) -> Trained:
     return model.getHistory(), [np.asarray(weight) for weight in model.getModel().weights]
 
 
+@pytest.fixture(scope="session")
+def _trained() -> list[Trained]:
+    """What came of the fit to which nothing happens, once there was one: the same in all sessions."""
+    return []
+
+
 @pytest.fixture(scope="module")
-def undisturbed(df: DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    store = Store.create(tmp_path_factory.mktemp("undisturbed") / "store")
-    return outcome(estimator(store).fit(df))
+def undisturbed(df: DataFrame, tmp_path_factory: pytest.TempPathFactory, _trained: list[Trained]) -> Trained:
+    if not _trained:
+        store = Store.create(tmp_path_factory.mktemp("undisturbed") / "store")
+        _trained.append(outcome(estimator(store).fit(df)))
+    return _trained[0]
 
 
 def assert_same(found: Trained, expected: Trained) -> None:
