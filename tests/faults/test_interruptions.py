@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -20,8 +21,9 @@ from pyspark.sql import DataFrame, SparkSession
 
 from hvdspark import Store
 from hvdspark.errors import StageLostError
-from hvdspark.runs import read_record
+from hvdspark.runs import RunRecord, read_record
 
+HERE = Path(__file__).parent
 _MARK = "HVDSPARK_TEST_DRIVER"
 
 
@@ -43,38 +45,62 @@ def wait_for(mark: Path, driver: subprocess.Popen[bytes] | None = None) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_driver_that_ends_leaves_nothing_and_another_goes_on(
-    df: DataFrame, store: Store, tmp_path: Path, undisturbed: Trained, how: signal.Signals
-) -> None:
-    value, mark = uuid.uuid4().hex, tmp_path / "mark"
-    folder = Path(__file__).parent
-    environment = {**os.environ, _MARK: value, "PYTHONPATH": str(folder.parent)}
-    command = [sys.executable, str(folder / "driver.py"), store.url, "run", str(mark)]
-    with (tmp_path / "log").open("wb") as log:
-        driver = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-        try:
-            wait_for(mark, driver)
-            record = read_record(store, "run")
-            assert record is not None
-            assert record.state == "running"
-            assert [p for p in marked(value) if p.name() == "hvdspark-rank"]
-            driver.send_signal(how)
-            driver.wait(10)
-            _, alive = psutil.wait_procs(list(marked(value)), timeout=10)
-            assert alive == []
-        finally:
-            driver.kill()
-            driver.wait()
-            for process in marked(value):
-                process.kill()
-    record = read_record(store, "run")
-    assert record is not None
-    assert record.state == "interrupted"
-    assert_same(outcome(estimator(store, run_id="run").fit(df)), undisturbed)
-    record = read_record(store, "run")
-    assert record is not None
-    assert record.state == "finished"
+class Driver:
+    """A driver of its own, which trains on two executors of its own until something happens to it."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self.store = Store.create(folder / "store")
+        self._value, self._mark = uuid.uuid4().hex, folder / "mark"
+        program = str(HERE / "driver.py")
+        with (folder / "log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, program, self.store.url, "run", str(self._mark)],
+                env={**os.environ, _MARK: self._value, "PYTHONPATH": str(HERE.parent)},
+                stdout=log,
+                stderr=log,
+            )
+
+    @property
+    def record(self) -> RunRecord:
+        record = read_record(self.store, "run")
+        assert record is not None
+        return record
+
+    def wait_until_it_trains(self) -> None:
+        wait_for(self._mark, self._process)
+        assert self.record.state == "running"
+        assert [p for p in marked(self._value) if p.name() == "hvdspark-rank"]
+
+    def end(self, how: signal.Signals) -> None:
+        """End it, with all that it started within ten seconds."""
+        self._process.send_signal(how)
+        self._process.wait(10)
+        _, alive = psutil.wait_procs(list(marked(self._value)), timeout=10)
+        assert alive == []
+
+    def clean_up(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for process in marked(self._value):
+            process.kill()
+
+
+@pytest.mark.timeout(900)  # each driver is a Python and three Javas of its own
+def test_drivers_that_end_leave_nothing_and_others_go_on(df: DataFrame, tmp_path: Path, undisturbed: Trained) -> None:
+    with contextlib.ExitStack() as stack:
+        # At the same time, for most of theirs is that of starting Python and Java.
+        drivers = {how: Driver(tmp_path / how.name) for how in (signal.SIGKILL, signal.SIGINT)}
+        for driver in drivers.values():
+            stack.callback(driver.clean_up)
+        for driver in drivers.values():
+            driver.wait_until_it_trains()
+        for how, driver in drivers.items():
+            driver.end(how)
+    for driver in drivers.values():
+        assert driver.record.state == "interrupted"
+        assert_same(outcome(estimator(driver.store, run_id="run").fit(df)), undisturbed)
+        assert driver.record.state == "finished"
 
 
 def test_a_cancelled_job_ends_the_fit_which_can_be_gone_on_with(
