@@ -66,7 +66,8 @@ def test_an_error_within_a_compiled_step_is_that_of_its_rank(df: DataFrame, stor
     assert_fails_once(estimator(store, **way).setLoss(failing_loss), df, text)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=IDS)
+# Over Gloo the ranks tell each other the same way with both means of averaging.
+@pytest.mark.parametrize("way", WAYS[::2], ids=IDS[::2])
 def test_gradients_that_only_some_ranks_have_are_told_before_any_is_sent(
     df: DataFrame, store: Store, way: dict[str, Any]
 ) -> None:

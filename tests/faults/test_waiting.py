@@ -18,7 +18,7 @@ from pyspark.sql import DataFrame, SparkSession
 import hvdspark
 from hvdspark import Store
 from hvdspark.errors import LaunchTimeoutError, RendezvousError
-from hvdspark.launch import barrier
+from hvdspark.launch import barrier, watch
 from hvdspark.launch.meeting import gather_apart
 
 
@@ -38,17 +38,19 @@ def test_a_job_that_spark_does_not_begin_with_ends_and_says_so(
     """As when an executor goes after the slots were counted: Spark looks again for ten minutes, without a word."""
     caplog.set_level(logging.INFO, logger="hvdspark")
     monkeypatch.setattr(barrier, "check_slots", lambda *_: None)
+    monkeypatch.setattr(watch, "_WORTH_A_WORD_S", 1.0)
     started = time.monotonic()
-    with pytest.raises(LaunchTimeoutError, match=r"none of the job's tasks within 8 s, .* can run 2 tasks at once"):
-        hvdspark.run(lambda: None, num_proc=3, start_timeout=8)
+    with pytest.raises(LaunchTimeoutError, match=r"none of the job's tasks within 4 s, .* can run 2 tasks at once"):
+        hvdspark.run(lambda: None, num_proc=3, start_timeout=4)
     assert time.monotonic() - started < 30
     assert "waiting for Spark to begin with the ranks' tasks" in caplog.text
 
 
 def test_a_job_behind_another_says_for_which_it_waits(
-    spark: SparkSession, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="hvdspark")
+    monkeypatch.setattr(watch, "_WORTH_A_WORD_S", 1.0)
     begun, over = tmp_path / "begun", tmp_path / "over"
 
     def hold() -> None:
@@ -93,7 +95,7 @@ def test_tasks_on_several_hosts_do_not_wait_for_one_that_does_not_come_and_their
         said = "hung"
         if barrier.partitionId() == 0:
             try:
-                gather_apart(barrier, "here", 2.0)
+                gather_apart(barrier, "here", 0.5)
             except RendezvousError as exc:
                 said = str(exc)
             Path(mark).touch()
@@ -114,7 +116,7 @@ def test_tasks_on_several_hosts_do_not_wait_for_one_that_does_not_come_and_their
     assert run(met) == ["0", "1"] * 2
     before = executors(spark)
     found = run(task)
-    assert found[0].startswith("the tasks did not find each other within 2 s: one of them hangs")
+    assert found[0].startswith("the tasks did not find each other within 0.5 s: one of them hangs")
     assert found[1] == "hung"
     assert run(met) == ["0", "1"] * 2
     assert executors(spark) == before
