@@ -21,6 +21,8 @@ from hvdspark import Store
 from hvdspark.errors import ParamError, RendezvousError, WorkerFailedError
 
 MASTER = "local-cluster[2,2,2048]"
+# What ranks of a fit import ahead, so that all have their processes from the same parents.
+PRELOAD = ["hvdspark.estimators.keras.trainer"]
 
 
 def test_mpi4py_can_be_used_beside_horovod_and_by_a_part_of_the_ranks(spark: SparkSession) -> None:
@@ -45,7 +47,7 @@ def test_mpi4py_can_be_used_beside_horovod_and_by_a_part_of_the_ranks(spark: Spa
         world.Barrier()
         return found
 
-    results = hvdspark.run(work, num_proc=4, controller="mpi")
+    results = hvdspark.run(work, num_proc=4, controller="mpi", preload=PRELOAD)
     assert [result["world"] for result in results] == [(rank, 4) for rank in range(4)]
     assert [result["local"] for result in results] == [(rank, 4) for rank in range(4)]
     assert {result["all"] for result in results} == {1111}
@@ -61,8 +63,11 @@ def _leaves_no_shared_memory() -> Iterator[None]:
     assert set(Path("/dev/shm").iterdir()) <= before
 
 
-@pytest.mark.parametrize("controller", ["gloo", "mpi"])
-def test_a_killed_rank_ends_the_job_at_once_and_is_named(spark: SparkSession, tmp_path: Path, controller: str) -> None:
+# Of the warm pool, and started cold.
+@pytest.mark.parametrize(("controller", "preload"), [("gloo", PRELOAD), ("mpi", [])])
+def test_a_killed_rank_ends_the_job_at_once_and_is_named(
+    spark: SparkSession, tmp_path: Path, controller: str, preload: list[str]
+) -> None:
     """Under MPI nobody notices by itself: the others wait in a collective."""
     mark = tmp_path / "killed"
 
@@ -78,7 +83,7 @@ def test_a_killed_rank_ends_the_job_at_once_and_is_named(spark: SparkSession, tm
         hvd.allreduce(tf.zeros(3), name="waits for the dead")
 
     with pytest.raises(WorkerFailedError, match=r"^rank 1 on .* was killed by SIGKILL") as caught:
-        hvdspark.run(killed, num_proc=2, controller=controller)
+        hvdspark.run(killed, num_proc=2, controller=controller, preload=preload)
     assert time.time() - float(mark.read_text()) < 5
     assert set(caught.value.failures) == {0, 1}
 

@@ -23,7 +23,8 @@ from hvdspark.launch.mpi import mpi_environment
 from hvdspark.launch.openmpi import place_environment, settings_of
 
 MASTER = "local-cluster[2,2,2048]"
-PRELOAD = ["tensorflow", "horovod.tensorflow"]
+# What ranks of a fit import ahead, so that all have their processes from the same parents.
+PRELOAD = ["hvdspark.estimators.keras.trainer"]
 
 
 @pytest.fixture(autouse=True)
