@@ -108,8 +108,8 @@ def _stop(shared: dict[str, SparkSession], own: Mapping[str, str] = MappingProxy
         session.stop()
         for name in own:  # the settings of the first session become properties of the JVM, which serves the next ones
             jvm.System.clearProperty(name)
-        # The warm pool lives as long as the executors, and no longer.
-        _, alive = psutil.wait_procs(warm_parents(), timeout=10)
+        # The warm pool lives as long as the executors, and no longer; a parent that still imports ends after that.
+        _, alive = psutil.wait_procs(warm_parents(), timeout=60)
         assert alive == []
 
 
