@@ -125,15 +125,17 @@ def test_a_pipeline_learns_and_its_saved_copy_predicts_the_same(
     assert found == expected
 
 
-def test_one_rank_and_two_end_with_the_same_weights(spark: SparkSession, store: Store) -> None:
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_one_rank_and_two_end_with_the_same_weights(spark: SparkSession, store: Store, optimizer: str) -> None:
     """Several steps, a last one that is not full, sample weights, metrics and validation."""
     df = frame(spark, linear_rows(333), partitions=4).withColumn("held_out", (F.col("id") % 7 == 0).cast("int"))
+    optimizers = {"sgd": keras.optimizers.SGD(0.05, momentum=0.9), "adam": keras.optimizers.Adam(0.01)}
 
     def fit(ranks: int) -> KerasModel:
         return estimator(
             store,
             num_proc=ranks,
-            optimizer=keras.optimizers.SGD(0.05, momentum=0.9),
+            optimizer=optimizers[optimizer],
             batch_size=64 // ranks,
             epochs=3,
             shuffle=False,

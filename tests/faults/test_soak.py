@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -20,9 +21,10 @@ from pyspark.sql import DataFrame, SparkSession
 from hvdspark import Store
 from hvdspark.runs import read_record
 
+FITS = 50
 EPOCHS, STEPS = 2, 9
 # What is held is counted after these.
-WARM_UP = 5
+WARM_UP = 10
 
 # Warm parents take turns with others when their executor or its environment changes.
 MOST_POOL_PROCESSES = 4
@@ -64,35 +66,42 @@ def held(scratch: Path, before: Mapping[str, int] = MappingProxyType({})) -> dic
         time.sleep(0.1)
 
 
-# Each fault twice, on either rank and in either epoch.
-SCHEDULE: list[str | None] = [*[None] * WARM_UP, *[*FAULTS] * 2]
+Place = tuple[int, int, int]
 
 
-def place_of(number: int) -> tuple[int, int, int]:
-    """Say where in a fit its fault happens: rank, epoch and step."""
-    lap, kind = divmod(number - WARM_UP, len(FAULTS))
-    return (lap + kind) % 2, (lap + kind // 2) % EPOCHS, (4 * lap + 2 * kind) % STEPS
+def schedule() -> dict[int, tuple[str, Place]]:
+    """Say which fits are struck, by what, and where: at a rank, an epoch and a step. Each fault happens twice."""
+    chance = random.Random(11)
+    numbers = sorted(chance.sample(range(WARM_UP, FITS), 2 * len(FAULTS)))
+    kinds = chance.sample([*FAULTS] * 2, len(numbers))
+    # Of the two of a kind one is on either rank.
+    seen: dict[str, int] = dict.fromkeys(FAULTS, 0)
+    strikes = {}
+    for number, kind in zip(numbers, kinds, strict=True):
+        strikes[number] = kind, (seen[kind], chance.randrange(EPOCHS), chance.randrange(STEPS))
+        seen[kind] += 1
+    return strikes
 
 
 @pytest.mark.timeout(900)
-def test_fits_with_faults_have_the_weights_of_those_without_and_leave_nothing(
+def test_fifty_fits_with_faults_have_the_weights_of_those_without_and_leave_nothing(
     spark: SparkSession, df: DataFrame, store: Store, tmp_path: Path
 ) -> None:
     df.write.parquet(str(tmp_path / "rows"))
     rows = spark.read.parquet(str(tmp_path / "rows"))
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    struck: list[str] = []
+    strikes = schedule()
+    struck = [f"fit-{number:02d}" for number in strikes]
     before, memory_before = {}, 0
     expected: Trained | None = None
-    for number, kind in enumerate(SCHEDULE):
+    for number in range(FITS):
+        kind, place = strikes.get(number, (None, (0, 0, 0)))
         name = f"fit-{number:02d}"
         callbacks = []
         settings: dict[str, Any] = {"epochs": EPOCHS, "run_id": name, "backend_env": {"TMPDIR": str(scratch)}}
-        place = place_of(number)
         if kind is not None:
             callbacks.append(Fault(tmp_path / name, *place, FAULTS[kind]))
-            struck.append(name)
         if kind == "the rank is stopped":
             settings["stall_timeout_s"] = 5
         found = outcome(estimator(store, *callbacks, **settings).fit(rows))
@@ -105,17 +114,16 @@ def test_fits_with_faults_have_the_weights_of_those_without_and_leave_nothing(
         assert losses[-1] < losses[0]
         if number == WARM_UP - 1:
             before, memory_before = held(scratch), psutil.Process().memory_info().rss
-    assert len(struck) == 2 * len(FAULTS)
     assert all((tmp_path / name).exists() for name in struck), "a fault did not happen"
 
     after = held(scratch, before)
     assert after["ranks"] == after["folders"] == 0
     for name, count in before.items():
         assert after[name] <= count, (name, before, after)
-    assert psutil.Process().memory_info().rss < memory_before + (16 << 20)
+    assert psutil.Process().memory_info().rss < memory_before + (32 << 20)
     assert sum("hvdspark.worker.warm" in command for _, command in own_processes()) <= MOST_POOL_PROCESSES
 
-    assert store.list("runs") == [f"fit-{number:02d}" for number in range(len(SCHEDULE))]
+    assert store.list("runs") == [f"fit-{number:02d}" for number in range(FITS)]
     for name in store.list("runs"):
         files = ["checkpoints", "history.json", "logs", "model.keras", "progress.json", "run.json"]
         assert store.list("runs", name) == files
