@@ -2,9 +2,8 @@
 
 Each GPU gets a rank, with --share several: a training process under its guard, as a barrier task starts it. They
 average tensors of several sizes by Horovod, and train a small convolutional network on rows from Parquet files, by the
-same trainer as a fit's.
-What was measured goes to standard output as one line of JSON, all else to standard error. With --cpu the same ranks use
-Gloo and no GPU: that says whether this program works, and nothing about GPUs.
+same trainer as a fit's. What was measured goes to standard output as one line of JSON, all else to standard error. With
+--cpu the same ranks use Gloo and no GPU: that says whether this program works, and nothing about GPUs.
 """
 
 from __future__ import annotations
@@ -67,12 +66,12 @@ def measure_allreduce(seconds: float, sizes_mib: Sequence[int], want_nccl: bool)
 
     import horovod.tensorflow as hvd
     import tensorflow as tf
+    from hvdspark.estimators.keras.devices import use, visible_gpus
 
     hvd.init()
-    gpus.find_libraries()
-    devices = tf.config.list_physical_devices("GPU")
-    for device in devices:
-        tf.config.experimental.set_memory_growth(device, True)  # NCCL needs some, and so do ranks that share one
+    devices = visible_gpus()
+    if devices:
+        use(devices[0])
     if want_nccl and not (devices and hvd.nccl_built()):
         raise RuntimeError(
             f"TensorFlow {tf.__version__} sees {len(devices)} GPUs, and Horovod was built"

@@ -71,9 +71,20 @@ def _shared() -> Iterator[dict[str, SparkSession]]:
     _stop(shared)
 
 
-def shares_a_session(module: ModuleType) -> bool:
+def sharing_first(items: list[pytest.Function], folder: Path) -> None:
+    """Put the modules of a lane that share a session before its others, so that it and its warm pool start once."""
+    places = [place for place, item in enumerate(items) if item.path.parent == folder]
+    lane = [items[place] for place in places]
+    sharing = {item.module for item in lane if "spark" in item.fixturenames and _shares_a_session(item.module)}
+    ordered = sorted(lane, key=lambda item: item.module not in sharing)
+    for place, item in zip(places, ordered, strict=True):
+        items[place] = item
+
+
+def _shares_a_session(module: ModuleType) -> bool:
     """Whether a module takes the session as it is where nobody says otherwise, see :func:`spark`."""
-    return not any(hasattr(module, name) for name in ("MASTER", "OWN_SESSION", "spark_conf"))
+    is_own = hasattr(module, "spark_conf") or getattr(module, "OWN_SESSION", False)
+    return not is_own and getattr(module, "MASTER", TWO_EXECUTORS) == TWO_EXECUTORS
 
 
 @pytest.fixture(scope="module")

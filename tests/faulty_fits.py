@@ -49,6 +49,10 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def kill_python_workers() -> None:
     """Kill the Python workers of this rank's executor, its task among them, without a word to anybody."""
     for worker in _daemon().children():
@@ -113,6 +117,11 @@ Trained = tuple[dict[str, list[float]], list[np.ndarray]]
 
 def outcome(model: Any) -> Trained:
     return model.getHistory(), [np.asarray(weight) for weight in model.getModel().weights]
+
+
+def log_of(store: Store, run_id: str, rank: int = 0) -> str:
+    """Return the log of a rank."""
+    return Path(store.path(f"runs/{run_id}/logs/rank-{rank}.log")).read_text()
 
 
 @pytest.fixture(scope="session")

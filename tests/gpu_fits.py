@@ -61,11 +61,6 @@ def fit(df: DataFrame, store: Store, run_id: str, **keywords: Any) -> KerasModel
     return fitted
 
 
-def log_of(store: Store, run_id: str, rank: int = 0) -> str:
-    """Return the log of a rank."""
-    return Path(store.path(f"runs/{run_id}/logs/rank-{rank}.log")).read_text()
-
-
 def assert_close(found: Trained, expected: Trained) -> None:
     """Check that two fits came to the same, but for what single precision on other devices makes of it."""
     assert found[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from hvdspark.estimators.keras import lean  # isort: skip  # noqa: F401 - before Keras
 import keras
 import tensorflow as tf
-from hvdspark.estimators.keras import codec
+from hvdspark.estimators.keras import codec, devices
 from pyspark import TaskContext
 
 from hvdspark.data.blocks import Block
@@ -59,18 +60,13 @@ def load_scorer(payload: bytes) -> _KerasScorer:
 def choose_device() -> None:
     """Have this worker compute on the GPU that Spark gave its task, or, where it gives none, on one of the host's.
 
-    Several workers can come to use one: each takes of its memory what it needs, not all, as TensorFlow does by itself.
+    Several workers can come to use one: each takes of its memory no more than it needs.
     """
     task = TaskContext.get()
     given = gpus.addresses_of(task.resources()) if task is not None else ()
     gpus.see(given)
-    gpus.find_libraries()
-    devices = tf.config.list_physical_devices("GPU")
-    if not devices:
+    visible = devices.visible_gpus()
+    if not visible:
         return
-    own = devices[task.partitionId() % len(devices) if task is not None and not given else 0]
-    try:
-        tf.config.set_visible_devices(own, "GPU")
-        tf.config.experimental.set_memory_growth(own, True)
-    except RuntimeError:
-        pass  # TensorFlow is running already in this worker, on the device it has
+    with contextlib.suppress(RuntimeError):  # TensorFlow is running already in this worker, on the device it has
+        devices.use(visible[task.partitionId() % len(visible) if task is not None and not given else 0])

@@ -16,7 +16,7 @@ import horovod.tensorflow as hvd
 import keras
 import numpy as np
 import tensorflow as tf
-from hvdspark.estimators.keras import codec
+from hvdspark.estimators.keras import codec, devices
 from hvdspark.estimators.keras.agreement import Agreement, describe
 from hvdspark.estimators.keras.allreduce import choose_allreduce
 from hvdspark.estimators.keras.batches import ENDLESS, Batches, packer
@@ -78,14 +78,12 @@ def train(plan: FitPlan, spec: KerasSpec) -> TrainResult | None:
 
 def _choose_devices(use_gpu: bool) -> None:
     """Give the rank the one GPU that is its own, or none; must come before anything else touches TensorFlow."""
-    if use_gpu:
-        gpus.find_libraries()
-    visible = tf.config.list_physical_devices("GPU") if use_gpu else []
-    own = visible[gpus.position(len(visible), context_from_environment(), os.environ)] if visible else None
-    tf.config.set_visible_devices([] if own is None else own, "GPU")
-    if own is not None:
-        tf.config.experimental.set_memory_growth(own, True)
-    elif use_gpu and gpus.OWN in os.environ:
+    visible = devices.visible_gpus() if use_gpu else []
+    if visible:
+        devices.use(visible[gpus.position(len(visible), context_from_environment(), os.environ)])
+        return
+    tf.config.set_visible_devices([], "GPU")
+    if use_gpu and gpus.OWN in os.environ:
         logger.warning(
             "training on the CPU: Spark gave this rank a GPU, but TensorFlow %s sees none; it needs NVIDIA's driver and"
             " the package tensorflow[and-cuda]",

@@ -60,9 +60,11 @@ class LifeSign:
 
     def stall(self, timeout_s: float | None) -> str:
         """Say what hangs, where something has for as long as is allowed; an empty text where not."""
-        is_idle = self.moves > 0 and timeout_s is not None and self.idle_s >= timeout_s
+        if timeout_s is None:
+            return ""
+        is_idle = self.moves > 0 and self.idle_s >= timeout_s
         # One that was stopped may have moved on for the last time some seconds before its last sign of life.
-        if timeout_s is not None and (self.silent_s >= timeout_s or (is_idle and self.is_silent)):
+        if self.silent_s >= timeout_s or (is_idle and self.is_silent):
             return (
                 f"the training process gave no sign of life for {self.silent_s:.0f} s{self._place('last seen at ')};"
                 " it was stopped, or is in code that does not let go of Python's lock"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import random
-import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +14,18 @@ from typing import Any
 import psutil
 import pytest
 from clusters import own_processes
-from faulty_fits import Fault, Trained, assert_same, die, estimator, kill_executor, kill_python_workers, outcome
+from faulty_fits import (
+    Fault,
+    Trained,
+    assert_same,
+    die,
+    estimator,
+    kill_executor,
+    kill_python_workers,
+    log_of,
+    outcome,
+    stop,
+)
 from pyspark.sql import DataFrame, SparkSession
 
 from hvdspark import Store
@@ -28,10 +38,6 @@ WARM_UP = 10
 
 # Warm parents take turns with others when their executor or its environment changes.
 MOST_POOL_PROCESSES = 4
-
-
-def stop() -> None:
-    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def leave() -> None:
@@ -106,7 +112,7 @@ def test_fifty_fits_with_faults_have_the_weights_of_those_without_and_leave_noth
             settings["stall_timeout_s"] = 5
         found = outcome(estimator(store, *callbacks, **settings).fit(rows))
         if kind == "the rank is stopped":
-            assert "in stop\n" in Path(store.path("runs", name, f"logs/rank-{place[0]}.log")).read_text()
+            assert "in stop\n" in log_of(store, name, place[0])
         expected = expected or found
         assert_same(found, expected)
         losses = found[0]["loss"]

@@ -14,7 +14,8 @@ from typing import Any
 import keras
 import psutil
 import pytest
-from faulty_fits import Fault, Trained, assert_same, estimator, outcome
+from clusters import KERAS_RANK
+from faulty_fits import Fault, Trained, assert_same, estimator, log_of, outcome
 from pyspark.sql import DataFrame, SparkSession
 from unkillable import held
 
@@ -63,8 +64,7 @@ def test_a_rank_that_hangs_is_started_again_and_the_fit_goes_on(
     assert said in restart
     if act is never_return:
         assert "epoch 3, step 4" in restart
-    log = Path(store.path(f"runs/hung/logs/rank-{rank}.log")).read_text()
-    assert f"in {act.__name__}" in log
+    assert f"in {act.__name__}" in log_of(store, "hung", rank)
 
 
 def test_a_rank_that_cannot_be_killed_is_named_and_the_fit_goes_on(
@@ -142,7 +142,7 @@ def test_the_error_of_a_rank_that_hangs_shows_where(spark: SparkSession) -> None
 
     started = time.monotonic()
     with pytest.raises(WorkerFailedError, match=r"^rank 1 on .*: the training did not move on for") as caught:
-        hvdspark.run(work, num_proc=2, stall_timeout_s=STALL_S, preload=["hvdspark.estimators.keras.trainer"])
+        hvdspark.run(work, num_proc=2, stall_timeout_s=STALL_S, preload=KERAS_RANK)
     assert "in hang_in_my_own_code" in str(caught.value)
     assert caught.value.root_cause == 1
     assert time.monotonic() - started < 60

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from clusters import gpu_conf
-from faulty_fits import outcome
-from gpu_fits import DISCOVERY, ONE_EXECUTOR, Where, assert_close, fit, log_of
+from faulty_fits import log_of, outcome
+from gpu_fits import DISCOVERY, ONE_EXECUTOR, Where, assert_close, fit
 from pyspark.sql import DataFrame, SparkSession
 
 from hvdspark import Store

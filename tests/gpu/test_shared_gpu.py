@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +9,8 @@ from typing import Any
 import keras
 import pytest
 from clusters import gpu_conf
-from faulty_fits import ROWS, Fault, die, outcome
-from gpu_fits import DISCOVERY, ONE_EXECUTOR, Where, assert_close, fit, log_of
+from faulty_fits import ROWS, Fault, die, log_of, outcome, stop
+from gpu_fits import DISCOVERY, ONE_EXECUTOR, Where, assert_close, fit
 from pyspark.sql import DataFrame
 
 from hvdspark import Store
@@ -50,11 +48,7 @@ def test_mixed_precision_with_compressed_gradients_learns(df: DataFrame, store: 
     assert "NCCL INFO" in log_of(store, "mixed")
 
 
-def stop_myself() -> None:
-    os.kill(os.getpid(), signal.SIGSTOP)
-
-
-@pytest.mark.parametrize(("act", "seen"), [(die, "was killed by SIGKILL"), (stop_myself, "gave no sign of life")])
+@pytest.mark.parametrize(("act", "seen"), [(die, "was killed by SIGKILL"), (stop, "gave no sign of life")])
 def test_a_rank_lost_amid_nccl_is_replaced_and_the_fit_goes_on(
     df: DataFrame,
     store: Store,

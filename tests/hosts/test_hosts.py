@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
+from clusters import KERAS_RANK
 from networks import NAMES, NETWORKS, SLOTS, Site, rdma_on
 from openmpi_environment import as_imported, executors_on, openmpi_python  # noqa: F401 - fixtures
 from pyspark.sql import SparkSession
@@ -22,8 +23,6 @@ from hvdspark.launch.alarm import AlarmServer
 from hvdspark.launch.lines import connect
 
 SIZE = sum(SLOTS.values())
-# What ranks of a fit import ahead, so that both have their processes from the same parents.
-PRELOAD = ["hvdspark.estimators.keras.trainer"]
 
 
 def place() -> dict[str, Any]:
@@ -83,7 +82,7 @@ def test_ranks_know_who_is_on_their_host_and_keep_to_its_interface(
     spark: SparkSession, site: Site, controller: str, nic: str, mpi: str
 ) -> None:
     nics = [] if nic == "eth0" else [nic]
-    found = hvdspark.run(place, num_proc=SIZE, controller=controller, nics=nics, preload=PRELOAD)
+    found = hvdspark.run(place, num_proc=SIZE, controller=controller, nics=nics, preload=KERAS_RANK)
 
     # Spark knows alpha by two names, and beta's own leads to its loopback.
     assert {rank["host"]: rank["own name"] for rank in found} == {"alpha": NAMES["alpha"], "beta": "127.0.1.1"}
@@ -113,7 +112,7 @@ def test_ranks_know_who_is_on_their_host_and_keep_to_its_interface(
 def test_mpi_is_taken_by_itself_where_all_hosts_have_rdma_and_then_nothing_waits_for_gloo(
     spark: SparkSession, site: Site
 ) -> None:
-    settings: dict[str, Any] = {"controller": "auto", "preload": PRELOAD}
+    settings: dict[str, Any] = {"controller": "auto", "preload": KERAS_RANK}
     with rdma_on(site.alpha), rdma_on(site.beta):
         found = hvdspark.run(place, num_proc=SIZE, nics=["mlx5_0"], **settings)
         without = hvdspark.run(place, num_proc=SIZE, rdma=False, **settings)

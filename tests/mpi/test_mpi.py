@@ -6,13 +6,14 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 import pytest
+from clusters import KERAS_RANK
 from hvdspark.estimators import KerasEstimator
 from pyspark.sql import SparkSession
 
@@ -21,8 +22,6 @@ from hvdspark import Store
 from hvdspark.errors import ParamError, RendezvousError, WorkerFailedError
 
 MASTER = "local-cluster[2,2,2048]"
-# What ranks of a fit import ahead, so that all have their processes from the same parents.
-PRELOAD = ["hvdspark.estimators.keras.trainer"]
 
 
 def test_mpi4py_can_be_used_beside_horovod_and_by_a_part_of_the_ranks(spark: SparkSession) -> None:
@@ -47,7 +46,7 @@ def test_mpi4py_can_be_used_beside_horovod_and_by_a_part_of_the_ranks(spark: Spa
         world.Barrier()
         return found
 
-    results = hvdspark.run(work, num_proc=4, controller="mpi", preload=PRELOAD)
+    results = hvdspark.run(work, num_proc=4, controller="mpi", preload=KERAS_RANK)
     assert [result["world"] for result in results] == [(rank, 4) for rank in range(4)]
     assert [result["local"] for result in results] == [(rank, 4) for rank in range(4)]
     assert {result["all"] for result in results} == {1111}
@@ -64,9 +63,9 @@ def _leaves_no_shared_memory() -> Iterator[None]:
 
 
 # Of the warm pool, and started cold.
-@pytest.mark.parametrize(("controller", "preload"), [("gloo", PRELOAD), ("mpi", [])])
+@pytest.mark.parametrize(("controller", "preload"), [("gloo", KERAS_RANK), ("mpi", [])])
 def test_a_killed_rank_ends_the_job_at_once_and_is_named(
-    spark: SparkSession, tmp_path: Path, controller: str, preload: list[str]
+    spark: SparkSession, tmp_path: Path, controller: str, preload: Sequence[str]
 ) -> None:
     """Under MPI nobody notices by itself: the others wait in a collective."""
     mark = tmp_path / "killed"

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+from clusters import KERAS_RANK
 from faulty_fits import Fault, assert_same, df, die, estimator, outcome  # noqa: F401 - df is a fixture
 from openmpi_environment import as_imported, executors_on, openmpi_python  # noqa: F401 - fixtures
 from pyspark.sql import DataFrame, SparkSession
@@ -23,8 +24,6 @@ from hvdspark.launch.mpi import mpi_environment
 from hvdspark.launch.openmpi import place_environment, settings_of
 
 MASTER = "local-cluster[2,2,2048]"
-# What ranks of a fit import ahead, so that all have their processes from the same parents.
-PRELOAD = ["hvdspark.estimators.keras.trainer"]
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +67,7 @@ def test_mpi4py_works_beside_horovod_and_nothing_listens_beyond_the_loopback(spa
         world.Barrier()
         return found
 
-    results = hvdspark.run(work, num_proc=4, controller="mpi", preload=PRELOAD)
+    results = hvdspark.run(work, num_proc=4, controller="mpi", preload=KERAS_RANK)
     for rank, found in enumerate(results):
         assert found["library"] == "Open MPI"
         assert found["world"] == found["local"] == (rank, 4)
@@ -92,7 +91,7 @@ def test_the_rank_that_is_killed_is_named_though_its_task_keeps_the_server_of_th
         hvd.allreduce(tf.zeros(3), name="waits for the dead")
 
     with pytest.raises(WorkerFailedError, match=r"^rank 0 on .* was killed by SIGKILL") as caught:
-        hvdspark.run(killed, num_proc=2, controller="mpi", preload=PRELOAD)
+        hvdspark.run(killed, num_proc=2, controller="mpi", preload=KERAS_RANK)
     assert set(caught.value.failures) == {0, 1}
 
 

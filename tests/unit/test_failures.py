@@ -153,20 +153,5 @@ def test_a_life_sign_tells_a_stall_only_after_the_time_allowed() -> None:
     assert sign.stall(9) == "the training did not move on for 9 s (epoch 1, step 2, computing)"
     assert LifeSign(0, "", idle_s=9.0).stall(9) == "", "work that never says where it is may take as long as it likes"
     assert "gave no sign of life for 12 s" in LifeSign(3, "", 12.0, 12.0).stall(9)
-
-
-@pytest.mark.parametrize(
-    ("sign", "said"),
-    [
-        (LifeSign(3, "step 4", idle_s=11.2, silent_s=0.4), "the training did not move on for 11 s (step 4)"),
-        (LifeSign(3, "step 4", idle_s=9.0, silent_s=0.4), ""),
-        (LifeSign(0, "", idle_s=60.0, silent_s=0.4), ""),  # work that does not say what it does
-        (LifeSign(3, "step 4", idle_s=12.0, silent_s=10.3), "the training process gave no sign of life for 10 s"),
-        # It was stopped a moment after it had shown that it lives, and had moved on a while before.
-        (LifeSign(3, "step 4", idle_s=10.1, silent_s=9.2), "the training process gave no sign of life for 9 s"),
-    ],
-)
-def test_what_stands_still_is_the_process_or_its_work(sign: LifeSign, said: str) -> None:
-    assert sign.stall(10).startswith(said)
-    assert bool(sign.stall(10)) == bool(said)
-    assert sign.stall(None) == ""
+    # It was stopped a moment after it had shown that it lives, and had moved on a while before.
+    assert "gave no sign of life for 9 s" in LifeSign(3, "", idle_s=10.1, silent_s=9.2).stall(10)
