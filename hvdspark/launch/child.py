@@ -16,7 +16,6 @@ import contextlib
 import logging
 import re
 import signal
-import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -129,8 +128,7 @@ class Child:
         if folder is not None:
             process.own(folder)
         tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
-        pump = threading.Thread(target=_pump, args=(process.output, context, log, tail), daemon=True)
-        pump.start()
+        process.read_output(lambda output: _pump(output, context, log, tail))
         stacks = ""
         try:
             process.hand_over({**environment, ASKED: repr(self._asked)}, payload, own)
@@ -145,8 +143,6 @@ class Child:
                 process.wait(_EXIT_S if answer is None or answer[0] != DONE else _FINISH_S)
         finally:
             process.end()
-            # It reads to the end of the output, which what is left may hold open.
-            pump.join(0 if process.left else None)
             if alarm is not None:
                 alarm.through()
         if answer is not None and answer[0] == DONE:

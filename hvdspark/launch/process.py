@@ -19,7 +19,7 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -77,15 +77,12 @@ class TrainingProcess(abc.ABC):
 
     Attributes
     ----------
-    output
-        What it prints.
     answers
         The descriptor through which it answers.
     left
         What of it could not be ended, for people; empty where all of it is gone.
     """
 
-    output: IO[bytes]
     answers: int
     left: str = ""
 
@@ -99,7 +96,8 @@ class TrainingProcess(abc.ABC):
         our_output, their_output = os.pipe()
         self.answers, their_answers = os.pipe()
         self._input = open(our_input, "wb")  # noqa: PTH123, SIM115 - a descriptor, closed by end()
-        self.output = open(our_output, "rb")  # noqa: PTH123, SIM115
+        self._output = open(our_output, "rb")  # noqa: PTH123, SIM115
+        self._reader: threading.Thread | None = None
         self._feeder: threading.Thread | None = None
         try:
             self._start(their_input, their_output, their_answers)
@@ -179,10 +177,19 @@ class TrainingProcess(abc.ABC):
                 self._input.write(block)
             self._input.close()
 
+    def read_output(self, read: Callable[[IO[bytes]], None]) -> None:
+        """Have a thread read what it prints, which goes on after its end until all of it is read."""
+        self._reader = threading.Thread(target=self._read, args=(read,), daemon=True)
+        self._reader.start()
+
+    def _read(self, read: Callable[[IO[bytes]], None]) -> None:
+        with self._output:
+            read(self._output)
+
     def end(self) -> None:
         """End the process and all that it started, and close what led to it; does nothing the second time.
 
-        What the system does not end is not waited for: ``left`` tells what that is.
+        What it printed is read to the end. What the system does not end is not waited for: ``left`` tells what that is.
         """
         if self._has_ended:
             return
@@ -194,6 +201,10 @@ class TrainingProcess(abc.ABC):
         if farewell.is_alive():
             self.left = self._find_left()
             logger.warning("%s cannot be killed; its guard waits for its end", self.left)
+        if self._reader is None:
+            self._output.close()
+        elif not self.left:
+            self._reader.join()
 
     def _find_left(self) -> str:
         """Name the processes that are there although they were killed."""
@@ -206,7 +217,7 @@ class TrainingProcess(abc.ABC):
         self._let_go()
         if self._feeder is not None:
             self._feeder.join()
-        for stream in (self._input, self.output, self._lifeline):
+        for stream in (self._input, self._lifeline):
             with contextlib.suppress(OSError):
                 stream.close()
         os.close(self.answers)

@@ -459,6 +459,23 @@ def test_of_a_line_without_end_an_error_tells_the_beginning_and_the_log_all(run:
     assert lines[3] == "[rank 1/2 here] LookupError"
 
 
+def test_a_log_that_is_slower_than_the_process_gets_all_that_it_printed(run: Callable[..., Outcome]) -> None:
+    class Slow(io.BytesIO):
+        def flush(self) -> None:
+            time.sleep(0.05)
+
+    def broken() -> None:
+        for number in range(30):
+            print(number)
+        raise LookupError
+
+    log = Slow()
+    failure = run(broken, log=log).failure
+    assert failure is not None
+    assert failure.log_tail.splitlines() == [str(number) for number in range(30)]
+    assert log.getvalue().decode().splitlines()[:30] == [f"[rank 1/2 here] {number}" for number in range(30)]
+
+
 def test_of_a_progress_bar_an_error_tells_the_last_state(run: Callable[..., Outcome]) -> None:
     def broken() -> None:
         for step in range(100_000):
