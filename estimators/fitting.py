@@ -139,7 +139,8 @@ class Fit:
         self._recording.note(data=data_facts(self._source.facts, draft, work))
         if self._start is not None:
             keep_start(store, self._run_id, self._start, estimator._suffix)
-        with self._timed("launch"), shown(store, self._run_id, draft.epochs, estimator._value("verbose")):
+        display = shown(store, self._run_id, draft.epochs, estimator._value("verbose"))
+        with self._timed("launch"), display, self._tracking.following():
             answers = self._launch(store, draft.size, work, work_for, options)
         # The answer came through Spark's own channel from a process that this fit started.
         result: TrainResult = cloudpickle.loads(answers[0])

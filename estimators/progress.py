@@ -1,16 +1,14 @@
-"""What a driver shows of a fit while it runs: a bar in a terminal or notebook, else a line in the log for every epoch.
-
-It reads what the first rank writes into the run's folder, so that it works on any cluster without an open port.
-"""
+"""What a driver shows of a fit while it runs: a bar in a terminal or notebook, else a line in the log per epoch."""
 
 from __future__ import annotations
 
 import logging
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
+
+from hvdspark.estimators.watching import watched
 
 from hvdspark.errors import StoreError
 from hvdspark.history import EpochRecord, Progress, read_history, read_progress
@@ -19,20 +17,8 @@ from hvdspark.store import Store
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.5
-# A fit that has ended does not wait longer for a Store that hangs.
-_PARTING_S = 5.0
 
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-
-
-class Display(Protocol):
-    """Shows a training to people."""
-
-    def update(self) -> None:
-        """Look at the run, and show what is new."""
-
-    def close(self) -> None:
-        """Show nothing more."""
 
 
 @contextmanager
@@ -52,14 +38,8 @@ def shown(store: Store, run_id: str, epochs: int, verbose: int) -> Iterator[None
         yield
         return
     display = Bar(store, run_id) if verbose == 1 and has_bar() else Lines(store, run_id, epochs)
-    ended = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(display, ended), name="hvdspark progress", daemon=True)
-    watcher.start()
-    try:
+    with watched(display, "the display of the progress", _POLL_S):
         yield
-    finally:
-        ended.set()
-        watcher.join(_PARTING_S)
 
 
 def has_bar() -> bool:
@@ -67,20 +47,6 @@ def has_bar() -> bool:
     from tqdm import auto, notebook
 
     return sys.stderr.isatty() or issubclass(auto.tqdm, notebook.tqdm_notebook)
-
-
-def _watch(display: Display, ended: threading.Event) -> None:
-    """Update a display until the fit has ended, and once more then."""
-    try:
-        is_over = False
-        while not is_over:
-            is_over = ended.wait(_POLL_S)
-            display.update()
-    except Exception:
-        # A display that fails must not take a training along.
-        logger.warning("the progress of the fit is no longer shown", exc_info=True)
-    finally:
-        display.close()
 
 
 class Bar:

@@ -11,8 +11,11 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
+
+from hvdspark.estimators.watching import watched
 
 from hvdspark.errors import ParamError, StoreError
 from hvdspark.history import EpochRecord, read_history
@@ -24,6 +27,7 @@ from hvdspark.versions import command_for
 
 if TYPE_CHECKING:
     from hvdspark.estimators.base import HorovodModel
+    from mlflow.entities import Metric
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +37,18 @@ RUN_ID = "hvdspark.run_id"
 _MOST_PARAMS, _MOST_METRICS, _LONGEST = 100, 1000, 6000
 _ODD = re.compile(r"[^\w\-. :/]")
 
+# People watch epochs of minutes there, and a server is asked for something every time.
+_POLL_S = 2.0
+
+_Key = tuple[int, float]
+
 
 class Tracking:
     """Logs nothing."""
+
+    def following(self) -> AbstractContextManager[None]:
+        """Log the epochs as they end, for the time of a block in which the ranks train."""
+        return contextlib.nullcontext()
 
     def finish(self, result: TrainResult, model: HorovodModel) -> None:
         """Log what came out."""
@@ -61,6 +74,9 @@ class MlflowTracking(Tracking):
         self._recording = recording
         self._store = store
         self._mlflow_run_id = mlflow_run_id
+        # An epoch that was trained anew after a restart is another one.
+        self._seen: set[_Key] = set()
+        self._logged: set[_Key] = set()
 
     def begin(self) -> None:
         """Log what the fit is asked to do."""
@@ -72,39 +88,69 @@ class MlflowTracking(Tracking):
         tags = {RUN_ID: record.run_id, "hvdspark.store": self._store.url}
         self._log("tags", self._set_tags, {**tags, **{f"version.{k}": v for k, v in record.versions.items()}})
 
+    def following(self) -> AbstractContextManager[None]:
+        """Log the epochs as they end."""
+        return watched(self, "logging epochs to MLflow", _POLL_S)
+
+    def update(self) -> None:
+        """Log the epochs that have ended by now, and those that MLflow has not taken before."""
+        written = self._written(logging.DEBUG)
+        fresh = {_key(epoch) for epoch in written} - self._seen
+        if fresh:
+            # Of an epoch that was not taken there is a warning, not one at every look.
+            self._seen |= fresh
+            self._log_written(written)
+
+    def close(self) -> None:
+        """Do nothing: :meth:`log_epochs` comes after it."""
+
     def finish(self, result: TrainResult, model: HorovodModel) -> None:
-        """Log the metrics of all epochs, what is known of the rows, and the model."""
+        """Log what is not logged yet of the metrics, what is known of the rows, and the model."""
         self.log_epochs(result.history)
         data = {f"data.{name}": str(value) for name, value in self._recording.record.data.items() if name != "columns"}
         self._log("tags", self._set_tags, data)
         self._log("the model", model._log_to_mlflow)
 
     def log_epochs(self, history: Mapping[str, Sequence[float]]) -> None:
-        """Log the metrics of the epochs that have ended: what the run's folder tells of them, or a history."""
+        """Log what is not logged yet of the epochs: what the run's folder tells of them, or a history."""
+        written = self._written(logging.WARNING)
+        if written:
+            self._log_written(written)
+            return
+        now, known = time.time(), {epoch for epoch, _ in self._logged}
+        self._log_metrics(
+            (name, float(value), now, epoch)
+            for name, values in history.items()
+            for epoch, value in enumerate(values, 1)
+            if epoch not in known
+        )
+
+    def _written(self, level: int) -> Sequence[EpochRecord]:
+        """Return what the run's folder tells of its epochs; nothing where that is damaged, with a line in the log."""
+        try:
+            return read_history(self._store, self._recording.record.run_id)
+        except StoreError as exc:
+            logger.log(level, "%s: MLflow gets no times of epochs: %s", self._recording.record.run_id, exc)
+            return ()
+
+    def _log_written(self, written: Sequence[EpochRecord]) -> None:
+        fresh = [epoch for epoch in written if _key(epoch) not in self._logged]
+        values = ((name, value, epoch.ended, epoch.epoch) for epoch in fresh for name, value in epoch.metrics.items())
+        if self._log_metrics(values):
+            self._logged.update(map(_key, fresh))
+
+    def _log_metrics(self, values: Iterable[tuple[str, float, float, int]]) -> bool:
+        """Log values with their names, times and epochs; ``False`` when not all were taken."""
         from mlflow.entities import Metric
 
-        metrics = [
-            Metric(_ODD.sub("_", name), value, int(1000 * ended), epoch)
-            for epoch, ended, values in self._epochs(history)
-            for name, value in values.items()
-        ]
-        for first in range(0, len(metrics), _MOST_METRICS):
-            batch = metrics[first : first + _MOST_METRICS]
-            self._log("metrics", lambda batch=batch: self._client.log_batch(self._mlflow_run_id, metrics=batch))
+        metrics = [Metric(_ODD.sub("_", name), value, int(1000 * when), epoch) for name, value, when, epoch in values]
+        return all(
+            self._log("metrics", self._send_metrics, metrics[first : first + _MOST_METRICS])
+            for first in range(0, len(metrics), _MOST_METRICS)
+        )
 
-    def _epochs(self, history: Mapping[str, Sequence[float]]) -> Iterator[tuple[int, float, Mapping[str, float]]]:
-        written: Sequence[EpochRecord] = ()
-        try:
-            written = read_history(self._store, self._recording.record.run_id)
-        except StoreError as exc:
-            logger.warning("%s: MLflow gets no times of epochs: %s", self._recording.record.run_id, exc)
-        if written:
-            for epoch in written:
-                yield epoch.epoch, epoch.started + epoch.seconds + (epoch.validation_s or 0.0), epoch.metrics
-            return
-        for place in range(max(map(len, history.values()), default=0)):
-            values = {name: float(found[place]) for name, found in history.items() if place < len(found)}
-            yield place + 1, time.time(), values
+    def _send_metrics(self, metrics: Sequence[Metric]) -> None:
+        self._client.log_batch(self._mlflow_run_id, metrics=metrics)
 
     def _log_params(self, params: Sequence[tuple[str, str]]) -> None:
         from mlflow.entities import Param
@@ -116,11 +162,17 @@ class MlflowTracking(Tracking):
 
         self._client.log_batch(self._mlflow_run_id, tags=[RunTag(name, value) for name, value in tags.items()])
 
-    def _log(self, what: str, act: Callable[..., object], *arguments: Any) -> None:
+    def _log(self, what: str, act: Callable[..., object], *arguments: Any) -> bool:
         try:
             act(*arguments)
         except Exception as exc:  # noqa: BLE001 - a log must not cost what is logged
             logger.warning("%s: MLflow did not take %s: %s", self._recording.record.run_id, what, first_line(exc))
+            return False
+        return True
+
+
+def _key(epoch: EpochRecord) -> _Key:
+    return epoch.epoch, epoch.started
 
 
 @contextlib.contextmanager

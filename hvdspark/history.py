@@ -88,6 +88,11 @@ class EpochRecord:
     ranks: tuple[RankTimes, ...]
 
     @property
+    def ended(self) -> float:
+        """When it had ended, validation and all, in seconds since 1970."""
+        return self.started + self.seconds + (self.validation_s or 0.0)
+
+    @property
     def slowest(self) -> RankTimes | None:
         """The rank that the others waited for: which took longest without the averaging. ``None`` for a single one."""
         return max(self.ranks, key=lambda times: times.own_s) if len(self.ranks) > 1 else None

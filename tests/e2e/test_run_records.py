@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import sqlite3
+import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +29,27 @@ SECRET = "not-for-the-record"
 
 
 class FailsIn(keras.callbacks.Callback):
-    """Raises at the end of an epoch, unless a file says that it has done so."""
+    """Raises when an epoch begins and MLflow has all before it, unless a file says that it has done so."""
 
-    def __init__(self, epoch: int, mark: Path) -> None:
+    def __init__(self, epoch: int, mark: Path, database: Path) -> None:
         super().__init__()
         self._epoch = epoch
         self._mark = mark
+        self._database = database
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         if epoch == self._epoch and not self._mark.exists():
+            deadline = time.monotonic() + 30
+            while (logged := self._logged()) < epoch:
+                assert time.monotonic() < deadline, f"MLflow has {logged} epochs while {epoch} have ended"
+                time.sleep(0.2)
             raise RuntimeError("the user's own mistake")
+
+    def _logged(self) -> int:
+        """Count the epochs that MLflow has a loss of."""
+        with closing(sqlite3.connect(self._database)) as database:
+            [(count,)] = database.execute("SELECT count(*) FROM metrics WHERE key = 'loss'")
+        return int(count)
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +65,16 @@ def df(spark: SparkSession) -> DataFrame:
 
 
 @pytest.fixture(scope="module")
-def experiment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def tracking(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("mlflow")
+
+
+@pytest.fixture(scope="module")
+def experiment(tracking: Path) -> Iterator[str]:
     """A tracking store of MLflow's, as a user sets it up."""
-    folder = tmp_path_factory.mktemp("mlflow")
     before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-    yield mlflow.create_experiment("retraining", artifact_location=f"file://{folder}/artifacts")
+    mlflow.set_tracking_uri(f"sqlite:///{tracking}/mlflow.db")
+    yield mlflow.create_experiment("retraining", artifact_location=f"file://{tracking}/artifacts")
     mlflow.set_tracking_uri(before)
 
 
@@ -64,10 +82,10 @@ Fitted = tuple[RunRecord, RunRecord, KerasModel]
 
 
 @pytest.fixture(scope="module")
-def fitted(df: DataFrame, store: Store, experiment: str, tmp_path_factory: pytest.TempPathFactory) -> Fitted:
-    """A fit that failed in its third epoch, the same gone on with, and the model."""
+def fitted(df: DataFrame, store: Store, experiment: str, tracking: Path) -> Fitted:
+    """A fit that failed in its third epoch, when MLflow had two; the same gone on with, and the model."""
     mlflow.set_experiment(experiment_id=experiment)
-    mark = tmp_path_factory.mktemp("mark") / "mark"
+    mark = tracking / "mark"
     keras.utils.set_random_seed(1)
     estimator = KerasEstimator(
         num_proc=2,
@@ -82,7 +100,7 @@ def fitted(df: DataFrame, store: Store, experiment: str, tmp_path_factory: pytes
         epochs=EPOCHS,
         validation=0.25,
         checkpoint_callback=BestOf("val_loss"),
-        callbacks=[FailsIn(2, mark)],
+        callbacks=[FailsIn(2, mark, tracking / "mlflow.db")],
         backend_env={"TOKEN": SECRET, "UCX_NET_DEVICES": "lo"},
         run_id="nightly",
         mlflow=True,

@@ -48,6 +48,7 @@ LAYERS = {
     "hvdspark.estimators.fitting": 6,
     "hvdspark.estimators.tracking": 6,
     "hvdspark.estimators.progress": 6,
+    "hvdspark.estimators.watching": 6,
     "hvdspark.estimators.base": 6,
     "hvdspark.estimators.persistence": 6,
     "hvdspark.estimators.keras": 7,

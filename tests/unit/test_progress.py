@@ -7,6 +7,7 @@ import os
 import pty
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,7 @@ def test_a_terminal_has_a_bar_unless_lines_or_nothing_are_asked_for(
 ) -> None:
     master, terminal = pty.openpty()
     watched: list[str] = []
-    monkeypatch.setattr(module, "_watch", lambda display, ended: watched.append(type(display).__name__))
+    monkeypatch.setattr(module, "watched", lambda display, *_: watched.append(type(display).__name__) or nullcontext())
     with os.fdopen(terminal, "w") as screen, monkeypatch.context() as context:
         context.setattr(sys, "stderr", screen)
         with shown(store, "a", 3, verbose):
@@ -118,4 +119,4 @@ def test_a_display_that_fails_costs_the_display_alone(
     with shown(store, "a", 3, 2):
         done = True
     assert done
-    assert "the progress of the fit is no longer shown" in caplog.text
+    assert "the display of the progress has ended, the fit goes on" in caplog.text

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from hvdspark.estimators import KerasModel
 from hvdspark.estimators.keras import codec
-from hvdspark.estimators.tracking import require_mlflow, tracked
+from hvdspark.estimators.tracking import MlflowTracking, require_mlflow, tracked
 
 from hvdspark import Store
 from hvdspark.errors import ParamError
@@ -111,6 +112,54 @@ def test_a_fit_that_fails_is_a_failed_run_with_the_epochs_that_it_did(store: Sto
     with tracked(lost, store, is_wanted=True):
         pass
     assert len(mlflow.MlflowClient().search_runs([experiment])) == 2
+
+
+def epoch(number: int, loss: float, started: float | None = None) -> EpochRecord:
+    return EpochRecord(number, started or 100.0 * number, 5.0, 10, 2.0, None, {"loss": loss}, 1.0, ())
+
+
+def test_epochs_are_logged_as_they_end_and_again_where_they_were_trained_anew(store: Store, experiment: str) -> None:
+    model, result = trained()
+    with tracked(recording(store, "a"), store, is_wanted=True) as log:
+        with log.following():
+            [run] = mlflow.MlflowClient().search_runs([experiment])
+            write_history(store, "a", [epoch(1, 0.5), epoch(2, 0.25)])
+            waited_for(lambda: values(run.info.run_id, "loss") == {1: 0.5, 2: 0.25})
+            write_history(store, "a", [epoch(1, 0.5), epoch(2, 0.125, started=1000.0)])
+        # The block's last look is over, or came too late for the parting: what is left is logged at the end.
+        log.finish(result, model)
+    metrics = mlflow.MlflowClient().get_metric_history(run.info.run_id, "loss")
+    assert [(found.step, found.value, found.timestamp) for found in metrics] == [
+        (1, 0.5, 106_000),
+        (2, 0.25, 206_000),
+        (2, 0.125, 1_006_000),
+    ]
+
+
+def test_epochs_that_mlflow_does_not_take_cost_one_warning_and_are_logged_later(
+    store: Store, experiment: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = mlflow.MlflowClient()
+    with tracked(recording(store, "a"), store, is_wanted=True) as log:
+        assert isinstance(log, MlflowTracking)
+        [run] = client.search_runs([experiment])
+        client.delete_run(run.info.run_id)
+        write_history(store, "a", [epoch(1, 0.5)])
+        log.update()
+        log.update()
+        assert caplog.text.count("a: MLflow did not take metrics") == 1
+        client.restore_run(run.info.run_id)
+        write_history(store, "a", [epoch(1, 0.5), epoch(2, 0.25)])
+        log.update()
+        assert values(run.info.run_id, "loss") == {1: 0.5, 2: 0.25}
+    assert caplog.text.count("MLflow did not take") == 1
+
+
+def waited_for(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_the_users_own_run_is_logged_to_and_left_open_and_others_come_within_it(store: Store, experiment: str) -> None:
