@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes.util
 import json
+import logging
 import select
 import socket
 import subprocess
@@ -22,7 +23,9 @@ from hvdspark.errors import RendezvousError
 from hvdspark.launch import guard, pmix
 from hvdspark.launch.lines import connect
 from hvdspark.launch.pmix import Manager
-from hvdspark.launch.process import recipe_of, script_of
+from hvdspark.launch.process import END_TIMEOUT_S, recipe_of, script_of
+
+logger = logging.getLogger(__name__)
 
 # Its name, and that of its library, under which programs are linked to it.
 OPEN_MPI, LIBRARY = "Open MPI", "libmpi.so.40"
@@ -125,7 +128,10 @@ class HostServer:
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError):
             self._lifeline.shutdown(socket.SHUT_WR)
-        self._process.wait()
+        try:
+            self._process.wait(END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            logger.warning("the PMIx server cannot be killed; its guard, process %d, waits for it", self._process.pid)
         self._lifeline.close()
 
 

@@ -16,6 +16,7 @@ from clusters import KERAS_RANK
 from faulty_fits import Fault, assert_same, df, die, estimator, outcome  # noqa: F401 - df is a fixture
 from openmpi_environment import as_imported, executors_on, openmpi_python  # noqa: F401 - fixtures
 from pyspark.sql import DataFrame, SparkSession
+from unkillable import held
 
 import hvdspark
 from hvdspark import Store
@@ -163,3 +164,27 @@ def test_strangers_keep_no_rank_out_and_nothing_outlives_a_task_that_is_killed(
     _, alive = psutil.wait_procs(started, timeout=10)
     assert alive == []
     assert not list(tmp_path.iterdir())
+
+
+def test_a_server_that_cannot_be_killed_does_not_hold_up_its_task(
+    openmpi_python: Path,  # noqa: F811
+    as_imported: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    env = {**os.environ, "PYTHONPATH": str(as_imported)}
+    command = [str(openmpi_python), "-c", HOST, str(tmp_path)]
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, env=env, **pipes) as host:
+        assert host.stdout is not None
+        assert host.stdin is not None
+        assert host.stderr is not None
+        host.stdout.readline()
+        [guard] = psutil.Process(host.pid).children()
+        [server] = guard.children()
+        with held(server.pid):
+            host.stdin.close()
+            host.wait(30)
+            said = host.stderr.read().decode()
+    assert f"the PMIx server cannot be killed; its guard, process {guard.pid}, waits for it" in said
+    _, alive = psutil.wait_procs([guard, server], timeout=10)
+    assert alive == []
