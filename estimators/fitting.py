@@ -61,7 +61,7 @@ from hvdspark.runs import (
     run_folder,
     stored_record,
 )
-from hvdspark.store import Store
+from hvdspark.store import Store, require_store
 from hvdspark.versions import package_versions
 from hvdspark.warmstart import WarmStart, keep_start, recall_start
 
@@ -292,12 +292,7 @@ class Fit:
 
     def _checked_store(self) -> Store:
         """Return the Store; raises where it cannot be one, or another is at the run."""
-        store = self._estimator._required("store")
-        if not isinstance(store, Store):
-            raise ParamError(
-                f"store={store!r} is a {type(store).__name__}; give hvdspark.Store.create('/shared/folder')",
-                param="store",
-            )
+        store = require_store(self._estimator._required("store"))
         if self._job is None and is_in_progress(store, self._run_id):
             raise RunInProgressError(busy(self._run_id), run_id=self._run_id)
         return store

@@ -15,7 +15,7 @@ from hvdspark.errors import ParamError, StoreError, closest
 from hvdspark.history import EpochRecord, read_history
 from hvdspark.metrics import Mode, best_place, rises
 from hvdspark.runs import HELD_OUT, RunRecord, read_record, require_run, run_folder, run_names
-from hvdspark.store import Store
+from hvdspark.store import Store, require_store
 
 # Records are small, and may be far away: what counts is to ask for many at once.
 _LOOKERS = 16
@@ -79,7 +79,7 @@ def list_runs(store: Store) -> list[RunRecord]:
     StoreError
         When the Store cannot be read.
     """
-    store.check_there()
+    require_store(store).check_there()
     with ThreadPoolExecutor(_LOOKERS) as pool:
         found = pool.map(lambda name: _record_if_there(store, name), run_names(store))
         records = [record for record in found if record is not None]

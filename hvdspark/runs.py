@@ -22,7 +22,7 @@ from hvdspark.layout import RUNS as RUNS
 from hvdspark.layout import run_folder as run_folder
 from hvdspark.lease import held_alone, is_held
 from hvdspark.plain import finite_only, numbers
-from hvdspark.store import Store
+from hvdspark.store import Store, require_store
 
 RECORD, LAUNCH = "run.json", "launch.json"
 # Of the trained model's file, without the suffix of its format.
@@ -294,12 +294,12 @@ def busy(run_id: str) -> str:
     return f"run_id='{run_id}' is being trained by another fit; wait for it, or give another one"
 
 
-def closed(record: RunRecord, ended: float | None, cause: str | None = GONE) -> RunRecord:
+def closed(record: RunRecord, ended: float | None, cause: str | None = GONE, noticed: float | None = None) -> RunRecord:
     """Return the record with its last attempt ended, where that had not been."""
     if not record.attempts or record.attempts[-1].ended is not None or record.attempts[-1].cause is not None:
         return record
     *before, last = record.attempts
-    return replace(record, attempts=(*before, replace(last, ended=ended, cause=cause)))
+    return replace(record, attempts=(*before, replace(last, ended=ended, cause=cause, noticed=noticed)))
 
 
 def with_traces(store: Store, record: RunRecord) -> RunRecord:

@@ -565,6 +565,15 @@ class Store:
             raise StoreError(f"cannot {act} {url}: {str(exc) or type(exc).__name__}", url=url) from exc
 
 
+def require_store(store: object) -> Store:
+    """Return what is a Store; raises :class:`ParamError` for anything else."""
+    if not isinstance(store, Store):
+        raise ParamError(
+            f"store={store!r} is a {type(store).__name__}; give hvdspark.Store.create('/shared/folder')", param="store"
+        )
+    return store
+
+
 def normalized(url: str) -> str:
     """Spell a URL as fsspec does and drop slashes at its end."""
     scheme, separator, rest = url.partition("://")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hvdspark import Store, best_run, compare_runs, list_runs, show_run
+from hvdspark import Store, best_run, compare_runs, gc_runs, list_runs, show_run
 from hvdspark.aliases import AliasEntry, promote
 from hvdspark.errors import ParamError
 from hvdspark.history import EpochRecord, write_history
@@ -165,3 +165,18 @@ def test_a_number_that_is_not_finite_is_kept_as_json_can(store: Store) -> None:
     put(store, "a", metrics={"loss": math.nan})
     assert json.loads(store.read_bytes("runs/a/run.json"), parse_constant=pytest.fail)["metrics"] == {"loss": None}
     assert math.isnan(list_runs(store)[0].metrics["loss"])
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        list_runs,
+        best_run,
+        lambda path: show_run(path, "a"),
+        lambda path: compare_runs(path, ["a", "b"]),
+        lambda path: gc_runs(path, keep_last=1),
+    ],
+)
+def test_a_path_in_place_of_a_store_is_refused_with_how_to_make_one_of_it(tmp_path: Path, ask: Any) -> None:
+    with pytest.raises(ParamError, match=r"store='.*' is a str; give hvdspark\.Store\.create\('/shared/folder'\)"):
+        ask(str(tmp_path))
