@@ -302,12 +302,15 @@ class WorkerFailedError(HvdSparkError):
         The last lines that this rank wrote.
     is_passing : bool
         Whether another attempt may succeed: the rank was killed or lost, and its own work raised nothing.
+    noticed : float
+        When the failure was noticed on that rank's host, in seconds since 1970 by the clock there.
     """
 
     failures: Mapping[int, str]
     root_cause: int
     log_tail: str
     is_passing: bool
+    noticed: float
 
 
 class NonFiniteLossError(HvdSparkError):

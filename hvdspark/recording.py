@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
 
-from hvdspark.errors import HvdSparkError, StageLostError, StoreError, telling_line, text_of
+from hvdspark.errors import HvdSparkError, StageLostError, StoreError, WorkerFailedError, telling_line, text_of
 from hvdspark.plain import to_json
 from hvdspark.plan import RankContext
 from hvdspark.runs import (
@@ -74,14 +74,15 @@ class Recording:
         """Record that so many ranks are launched in the block, and what becomes of them."""
         self.note(attempts=(*self._record.attempts, Attempt(time.time(), ranks=ranks)))
         self.publish()
-        cause = None
+        cause = noticed = None
         try:
             yield
         except BaseException as exc:
             cause = first_line(exc)
+            noticed = exc.noticed if isinstance(exc, WorkerFailedError) else None
             raise
         finally:
-            self._record = closed(self._record, time.time(), cause)
+            self._record = closed(self._record, time.time(), cause, noticed)
             with contextlib.suppress(StoreError):
                 self._record = with_traces(self._store, replace(self._record, hosts=(), network=""))
             self.publish()

@@ -63,12 +63,16 @@ class Attempt:
         The first line of the error that ended it; ``None`` where nothing did.
     ranks
         How many there were.
+    noticed
+        When the failure that ended it was noticed beside the rank, by the clock of its host; ``ended`` is when all
+        ranks were gone. ``None`` where no rank failed, or the executor was lost together with the rank.
     """
 
     started: float
     ended: float | None = None
     cause: str | None = None
     ranks: int | None = None
+    noticed: float | None = None
 
 
 @dataclass(frozen=True)
@@ -231,7 +235,7 @@ def read_record(store: Store, run_id: str) -> RunRecord | None:
 
 def require_run(store: Store, run_id: str) -> RunRecord:
     """Return the record of a run; raises :class:`ParamError` where there is none, naming the closest."""
-    record = read_record(store, run_id)
+    record = read_record(require_store(store), run_id)
     if record is None:
         names = run_names(store)
         if run_id in names:

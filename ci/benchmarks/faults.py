@@ -1,8 +1,7 @@
-"""Seconds from a fault until the driver starts the ranks again, and until they train again."""
+"""Seconds from a fault until it is noticed, until all ranks have ended, and until they train again."""
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import statistics
@@ -11,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 import psutil
@@ -20,6 +19,8 @@ from benchmarks import data
 from benchmarks.comparison import Comparison
 from benchmarks.estimator import make_estimator
 from benchmarks.session import CLUSTER, spark_session
+from hvdspark import Store
+from hvdspark.runs import read_record
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -39,17 +40,15 @@ class Strike(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
         """Strike, or note that a step was taken afterwards."""
-        is_here = os.environ["HOROVOD_RANK"] == "1" and self._epoch == 1 and batch == 10
-        if is_here and not Path(self._struck).exists():
-            Path(self._struck).write_text(str(time.time()))
+        if os.environ["HOROVOD_RANK"] != "1":
+            return
+        struck, again = Path(self._struck), Path(self._again)
+        if not struck.exists() and self._epoch == 1 and batch == 10:
+            struck.write_text(f"{time.time()} {os.getpid()}")
             self._act()
-        if self._is_second_attempt() and not Path(self._again).exists():
-            Path(self._again).write_text(str(time.time()))
-
-    def _is_second_attempt(self) -> bool:
-        # Not noted on the callback: what it knows is given back from the state.
-        struck = Path(self._struck)
-        return struck.exists() and psutil.Process().create_time() > float(struck.read_text() or "inf")
+        # By its process, not by a note on the callback: what that knows is given back from the state.
+        elif struck.exists() and not again.exists() and struck.read_text().split()[1:] != [str(os.getpid())]:
+            again.write_text(str(time.time()))
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
         """Count."""
@@ -96,33 +95,48 @@ def measure(*, quick: bool) -> Iterator[Comparison]:
         make_estimator(folder / "store", epochs=1).fit(spark.read.parquet(str(rows)))
         for fault, (act, settings) in FAULTS.items():
             found = [_strike(spark, folder, rows, act, settings) for _ in range(1 if quick else 3)]
-            noticed, again = ([times[place] for times in found] for place in (0, 1))
+            noticed, again = (
+                statistics.median(getattr(times, name) for times in found) for name in ("noticed", "again")
+            )
             allowed = LIMIT_S + (STALL_S if "stall" in fault else 0)
-            note = f"against {allowed:g} s; they train again after {statistics.median(again):.1f} s"
-            yield Comparison(f"{fault}: all ranks have ended", "s", noticed, [allowed], 1.0, note)
+            note = f"against {allowed:g} s; noticed after {noticed:.2f} s; they train again after {again:.1f} s"
+            ended = [times.ended for times in found]
+            yield Comparison(f"{fault}: all ranks have ended", "s", ended, [allowed], 1.0, note)
 
 
-def _strike(
-    spark: SparkSession, folder: Path, rows: Path, act: Callable[[], None], settings: dict[str, Any]
-) -> tuple[float, float]:
-    """Return the seconds until the driver decided to start again, and until a step was taken."""
-    decided: list[float] = []
+class Times(NamedTuple):
+    """Seconds from a fault to what followed.
 
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if "restart 1 of" in record.getMessage():
-                decided.append(record.created)
+    Parameters
+    ----------
+    noticed
+        Until a task knew of it; where its executor is gone as well, until the driver did, which is the end.
+    ended
+        Until all ranks had ended, and the driver could start them again.
+    again
+        Until rank 1 had taken a step again.
+    """
 
+    noticed: float
+    ended: float
+    again: float
+
+
+def _strike(spark: SparkSession, folder: Path, rows: Path, act: Callable[[], None], settings: dict[str, Any]) -> Times:
+    """Fit with a fault in it."""
     marks = Path(tempfile.mkdtemp(dir=folder))
-    listener, source = Listener(), logging.getLogger("hvdspark.estimators.fitting")
-    source.addHandler(listener)
-    try:
-        callbacks = [Strike(marks, act)]
-        estimator = make_estimator(
-            folder / "store", epochs=EPOCHS, callbacks=callbacks, stall_timeout_s=STALL_S, **settings
-        )
-        estimator.fit(spark.read.parquet(str(rows)))
-    finally:
-        source.removeHandler(listener)
-    struck, again = (float((marks / name).read_text()) for name in ("struck", "again"))
-    return decided[0] - struck, again - struck
+    estimator = make_estimator(
+        folder / "store",
+        epochs=EPOCHS,
+        callbacks=[Strike(marks, act)],
+        stall_timeout_s=STALL_S,
+        run_id=marks.name,
+        **settings,
+    )
+    estimator.fit(spark.read.parquet(str(rows)))
+    record = read_record(Store.create(folder / "store"), marks.name)
+    assert record is not None
+    first = record.attempts[0]
+    assert first.ended is not None
+    struck, again = (float((marks / name).read_text().split()[0]) for name in ("struck", "again"))
+    return Times((first.noticed or first.ended) - struck, first.ended - struck, again - struck)

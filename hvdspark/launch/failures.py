@@ -49,7 +49,7 @@ class Failure:
     log_tail
         The last lines the rank wrote.
     time
-        When it happened, in seconds since the epoch by that host's clock.
+        When it was noticed, in seconds since the epoch by that host's clock.
     sign
         The last sign of life of a rank that was ended because another failed, or because it stalled.
     left
@@ -166,6 +166,7 @@ def error_of(failures: Sequence[Failure], logs: str | None = None) -> HvdSparkEr
         root_cause=first.rank,
         log_tail=first.log_tail,
         is_passing=is_passing,
+        noticed=first.time,
     )
 
 

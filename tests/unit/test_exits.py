@@ -34,7 +34,8 @@ Traceback (most recent call last):
 
 
 def failed(*, is_passing: bool) -> errors.WorkerFailedError:
-    return errors.WorkerFailedError("x", failures={0: "x"}, root_cause=0, log_tail="", is_passing=is_passing)
+    fields = {"failures": {0: "x"}, "root_cause": 0, "log_tail": "", "noticed": 1.0}
+    return errors.WorkerFailedError("x", is_passing=is_passing, **fields)
 
 
 def lost(cause: Exception) -> errors.StageLostError:

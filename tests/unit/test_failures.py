@@ -63,6 +63,7 @@ def test_a_rank_that_only_its_peers_complained_of_is_named_with_what_it_was_doin
     assert str(error).splitlines()[0] == first
     assert "Logs of all ranks: file:///logs" in str(error)
     assert error.is_passing
+    assert error.noticed == 2
     assert error.failures[0] == WAITING
 
 

@@ -33,7 +33,12 @@ def test_a_run_is_running_while_its_driver_is_at_it_and_finished_then(store: Sto
 
 
 FAILED = WorkerFailedError(
-    "rank 1 on here: ValueError: no\n\nlines", failures={1: ""}, root_cause=1, log_tail="", is_passing=False
+    "rank 1 on here: ValueError: no\n\nlines",
+    failures={1: ""},
+    root_cause=1,
+    log_tail="",
+    is_passing=False,
+    noticed=12.0,
 )
 
 
@@ -54,6 +59,19 @@ def test_an_error_is_kept_with_the_run(store: Store, error: BaseException, state
     record = read_record(store, "a")
     assert record is not None
     assert (record.state, record.cause) == (state, cause)
+
+
+def test_an_attempt_is_kept_with_when_its_failure_was_noticed(store: Store) -> None:
+    with recorded(store, "a") as recording:
+        with pytest.raises(WorkerFailedError), recording.attempt(2):
+            raise FAILED
+        with recording.attempt(2):
+            pass
+    record = read_record(store, "a")
+    assert record is not None
+    failed, went_through = record.attempts
+    assert (failed.noticed, failed.cause) == (12.0, "rank 1 on here: ValueError: no")
+    assert (went_through.noticed, went_through.cause) == (None, None)
 
 
 def test_a_folder_without_a_record_is_not_taken_for_a_run_with_a_similar_name(store: Store) -> None:
