@@ -73,7 +73,7 @@ def _shared() -> Iterator[dict[str, SparkSession]]:
 
 def sharing_first(items: list[pytest.Function], folder: Path) -> None:
     """Put the modules of a lane that share a session before its others, so that it and its warm pool start once."""
-    places = [place for place, item in enumerate(items) if item.path.parent == folder]
+    places = [place for place, item in enumerate(items) if folder in item.path.parents]
     lane = [items[place] for place in places]
     sharing = {item.module for item in lane if "spark" in item.fixturenames and _shares_a_session(item.module)}
     ordered = sorted(lane, key=lambda item: item.module not in sharing)
