@@ -227,7 +227,7 @@ def _judge_disk(where: str, folder: str, free: int) -> Finding:
     if folder == SHARED_MEMORY:
         if free >= _SHARED_BYTES:
             return Finding("disk", "ok", where, found)
-        remedy = "Ranks of one host average in it: give the container more (docker --shm-size, a memory volume)."
+        remedy = "MPI and NCCL share memory in it: give the container more (docker --shm-size, a memory volume)."
         return Finding("disk", "warning", where, found, remedy)
     if free >= _DISK_BYTES:
         return Finding("disk", "ok", where, found)
