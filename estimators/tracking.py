@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -77,6 +78,8 @@ class MlflowTracking(Tracking):
         # An epoch that was trained anew after a restart is another one.
         self._seen: set[_Key] = set()
         self._logged: set[_Key] = set()
+        # A watcher that waits for a slow server may still be at it when the fit has ended.
+        self._lock = threading.Lock()
 
     def begin(self) -> None:
         """Log what the fit is asked to do."""
@@ -134,20 +137,23 @@ class MlflowTracking(Tracking):
             return ()
 
     def _log_written(self, written: Sequence[EpochRecord]) -> None:
-        fresh = [epoch for epoch in written if _key(epoch) not in self._logged]
-        values = ((name, value, epoch.ended, epoch.epoch) for epoch in fresh for name, value in epoch.metrics.items())
-        if self._log_metrics(values):
-            self._logged.update(map(_key, fresh))
+        with self._lock:
+            fresh = [epoch for epoch in written if _key(epoch) not in self._logged]
+            found = (
+                (name, value, epoch.ended, epoch.epoch) for epoch in fresh for name, value in epoch.metrics.items()
+            )
+            if self._log_metrics(found):
+                self._logged.update(map(_key, fresh))
 
     def _log_metrics(self, values: Iterable[tuple[str, float, float, int]]) -> bool:
         """Log values with their names, times and epochs; ``False`` when not all were taken."""
         from mlflow.entities import Metric
 
         metrics = [Metric(_ODD.sub("_", name), value, int(1000 * when), epoch) for name, value, when, epoch in values]
-        return all(
-            self._log("metrics", self._send_metrics, metrics[first : first + _MOST_METRICS])
-            for first in range(0, len(metrics), _MOST_METRICS)
-        )
+        batches = [metrics[first : first + _MOST_METRICS] for first in range(0, len(metrics), _MOST_METRICS)]
+        # Each is tried, whatever becomes of those before.
+        taken = [self._log("metrics", self._send_metrics, batch) for batch in batches]
+        return all(taken)
 
     def _send_metrics(self, metrics: Sequence[Metric]) -> None:
         self._client.log_batch(self._mlflow_run_id, metrics=metrics)

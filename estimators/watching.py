@@ -1,6 +1,7 @@
 """Has something follow a training while it runs, in a thread of the driver.
 
-It reads what the first rank writes into the run's folder, so that it works on any cluster without an open port.
+What follows reads what the first rank writes into the run's folder, so that it works on any cluster without an open
+port.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Protocol
 
 logger = logging.getLogger(__name__)
 
-# A fit that has ended does not wait longer for a Store, or a server, that hangs.
+# A fit that has ended does not wait longer for a watcher that waits for a Store, or a server.
 _PARTING_S = 5.0
 
 
@@ -59,6 +60,6 @@ def _watch(watcher: Watcher, what: str, poll_s: float, ended: threading.Event) -
             watcher.update()
     except Exception:
         # What only looks on must not take a training along.
-        logger.warning("%s has ended, the fit goes on", what, exc_info=True)
+        logger.warning("%s has failed and is given up; the training is not affected", what, exc_info=True)
     finally:
         watcher.close()

@@ -22,7 +22,7 @@ from typing import Any
 from hvdspark import lease
 from hvdspark.errors import AliasConflictError, AliasError, ParamError
 from hvdspark.runs import NOTES, published_model, require_run, run_folder
-from hvdspark.store import Store, normalized
+from hvdspark.store import Store, normalized, require_store
 
 ALIASES = "aliases"
 
@@ -91,7 +91,7 @@ def read_alias(store: Store, name: str) -> AliasEntry | None:
         When it cannot be read.
     """
     place = _place(name)
-    data = store.find_bytes(place)
+    data = require_store(store).find_bytes(place)
     if data is None:
         return None
     try:
@@ -113,7 +113,7 @@ def alias_names(store: Store) -> list[str]:
 
 def list_aliases(store: Store) -> dict[str, AliasEntry]:
     """Return all aliases of a Store by name; errors as :func:`read_alias`, and ``ParamError`` where there is none."""
-    store.check_there()
+    require_store(store).check_there()
     found = {name: read_alias(store, name) for name in alias_names(store)}
     return {name: entry for name, entry in found.items() if entry is not None}
 
@@ -167,7 +167,7 @@ def promote(store: Store, name: str, entry: AliasEntry, expected: str | None = N
     """
     new = _checked(entry)
     _place(name)
-    with lease.held_alone(store, ALIASES, _WRITER):
+    with lease.held_alone(require_store(store), ALIASES, _WRITER):
         current = read_alias(store, name)
         if current is not None and (current.run_id, current.model) == (new.run_id, new.model):
             promoted = replace(current, metrics=new.metrics)
@@ -203,7 +203,7 @@ def rollback(store: Store, name: str, expected: str | None = None) -> AliasEntry
         When it cannot be written; it is as before then.
     """
     _place(name)
-    with lease.held_alone(store, ALIASES, _WRITER):
+    with lease.held_alone(require_store(store), ALIASES, _WRITER):
         current = read_alias(store, name)
         _check_expected(name, current, expected)
         if current is None or not current.previous:

@@ -303,7 +303,8 @@ class WorkerFailedError(HvdSparkError):
     is_passing : bool
         Whether another attempt may succeed: the rank was killed or lost, and its own work raised nothing.
     noticed : float
-        When the failure was noticed on that rank's host, in seconds since 1970 by the clock there.
+        When the failure was noticed on that rank's host, in seconds since 1970 by the clock there; of a rank that no
+        longer answered, when the driver gave it up.
     """
 
     failures: Mapping[int, str]

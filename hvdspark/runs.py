@@ -64,8 +64,8 @@ class Attempt:
     ranks
         How many there were.
     noticed
-        When the failure that ended it was noticed beside the rank, by the clock of its host; ``ended`` is when all
-        ranks were gone. ``None`` where no rank failed, or the executor was lost together with the rank.
+        When the failure of a rank at its work was noticed, by the clock of its host; ``ended`` is when the driver was
+        through with the launch. ``None`` where no rank failed so, or its task was lost with it.
     """
 
     started: float

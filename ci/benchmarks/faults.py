@@ -110,9 +110,9 @@ class Times(NamedTuple):
     Parameters
     ----------
     noticed
-        Until a task knew of it; where its executor is gone as well, until the driver did, which is the end.
+        Until a task knew of it; where that is gone as well, until the driver did, which is the end.
     ended
-        Until all ranks had ended, and the driver could start them again.
+        Until the driver was through with the launch, and could start the ranks again.
     again
         Until rank 1 had taken a step again.
     """

@@ -38,6 +38,9 @@ ASKED = "HVDSPARK_ASKED"
 # device, heeds no signal before that answers.
 END_TIMEOUT_S = 8.0
 
+# Of a guard that was killed itself nobody knows what it looked after. What is left holds the output open.
+_ORPHANS = "a process that outlived its guard"
+
 # As Spark made it. Later code in this interpreter may change it: TensorFlow does, where a transform has run before.
 _ENVIRONMENT = dict(os.environ)
 
@@ -91,6 +94,7 @@ class TrainingProcess(abc.ABC):
     def __init__(self, lifeline: socket.socket) -> None:
         self._lifeline = lifeline
         self._ending: guard.Ending | None = None
+        self._is_all_gone = False
         self._has_ended = False
         their_input, our_input = os.pipe()
         our_output, their_output = os.pipe()
@@ -119,6 +123,7 @@ class TrainingProcess(abc.ABC):
             said = self._receive(guard.REPORT_BYTES, timeout_s)
             if said is not None:
                 self._ending = guard.Ending.from_bytes(said)
+                self._is_all_gone = len(said) == guard.REPORT_BYTES
         return None if self._ending is None else os.waitstatus_to_exitcode(self._ending.status)
 
     @property
@@ -189,7 +194,8 @@ class TrainingProcess(abc.ABC):
     def end(self) -> None:
         """End the process and all that it started, and close what led to it; does nothing the second time.
 
-        What it printed is read to the end. What the system does not end is not waited for: ``left`` tells what that is.
+        What it printed is read to the end. What the system does not end is not waited for, nor what was left by a guard
+        that was killed itself: ``left`` tells what that is.
         """
         if self._has_ended:
             return
@@ -204,12 +210,14 @@ class TrainingProcess(abc.ABC):
         if self._reader is None:
             self._output.close()
         elif not self.left:
-            self._reader.join()
+            self._reader.join(None if self._is_all_gone else END_TIMEOUT_S)
+            if self._reader.is_alive():
+                self.left = _ORPHANS
 
     def _find_left(self) -> str:
         """Name the processes that are there although they were killed."""
         if self._ending is not None:
-            return "a process that outlived its guard"
+            return _ORPHANS
         alive = guard.descendants(self._guard_pid) or [self._guard_pid]
         return " and ".join(f"process {pid} (state {_state(pid)})" for pid in alive)
 

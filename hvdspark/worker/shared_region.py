@@ -33,8 +33,9 @@ logger = logging.getLogger(__name__)
 _LINE_BYTES = 64
 _WORD_BYTES = 8
 
-# Looks at a counter before the waiting begins to sleep. Where every rank has a core, for a quarter of a millisecond:
-# most peers come sooner, and the shortest sleep takes longer than they do. Where not, the core is better left to them.
+# How often a rank looks at a counter before it sleeps between looks. Where there is a core for every rank, for about a
+# quarter of a millisecond: most peers come sooner, while the shortest sleep takes 70 µs and more. Where ranks are more
+# than cores, a core is better left to the peer. A limit on CPU time, as of a container, is not looked at.
 _LOOKS, _LOOKS_ON_SHARED_CORES = 400, 20
 _SHORT_NAP_S = 2e-5
 _LONG_NAP_S = 1e-3

@@ -25,7 +25,7 @@ from unkillable import held
 
 import hvdspark
 from hvdspark.errors import LaunchError, RendezvousError
-from hvdspark.launch import pool
+from hvdspark.launch import pool, process
 from hvdspark.launch.child import Child, Patience
 from hvdspark.launch.failures import Failure, Outcome, error_of
 from hvdspark.launch.guard import STACKS
@@ -474,6 +474,28 @@ def test_a_log_that_is_slower_than_the_process_gets_all_that_it_printed(run: Cal
     assert failure is not None
     assert failure.log_tail.splitlines() == [str(number) for number in range(30)]
     assert log.getvalue().decode().splitlines()[:30] == [f"[rank 1/2 here] {number}" for number in range(30)]
+
+
+def test_what_outlives_a_guard_that_was_killed_is_not_waited_for(
+    run: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "END_TIMEOUT_S", 1.0)
+    place = tmp_path / "orphan"
+
+    def leave_an_orphan() -> None:
+        orphan = subprocess.Popen(["sleep", "120"])
+        place.write_text(str(orphan.pid))
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(600)
+
+    try:
+        failure = run(leave_an_orphan).failure
+        assert psutil.pid_exists(int(place.read_text()))
+    finally:
+        os.kill(int(place.read_text()), signal.SIGKILL)
+    assert failure is not None
+    assert failure.kind == "died"
+    assert failure.left.startswith("a process that outlived its guard")
 
 
 def test_of_a_progress_bar_an_error_tells_the_last_state(run: Callable[..., Outcome]) -> None:

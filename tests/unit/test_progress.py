@@ -119,4 +119,4 @@ def test_a_display_that_fails_costs_the_display_alone(
     with shown(store, "a", 3, 2):
         done = True
     assert done
-    assert "the display of the progress has ended, the fit goes on" in caplog.text
+    assert "the display of the progress has failed and is given up; the training is not affected" in caplog.text

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from hvdspark import Store, best_run, compare_runs, gc_runs, list_runs, show_run
-from hvdspark.aliases import AliasEntry, promote
+from hvdspark.aliases import AliasEntry, list_aliases, promote, read_alias, rollback
 from hvdspark.errors import ParamError
 from hvdspark.history import EpochRecord, write_history
 from hvdspark.runs import RunRecord
@@ -175,6 +175,9 @@ def test_a_number_that_is_not_finite_is_kept_as_json_can(store: Store) -> None:
         lambda path: show_run(path, "a"),
         lambda path: compare_runs(path, ["a", "b"]),
         lambda path: gc_runs(path, keep_last=1),
+        list_aliases,
+        lambda path: read_alias(path, "champion"),
+        lambda path: rollback(path, "champion"),
     ],
 )
 def test_a_path_in_place_of_a_store_is_refused_with_how_to_make_one_of_it(tmp_path: Path, ask: Any) -> None:

@@ -114,7 +114,7 @@ def test_a_fit_that_stops_has_the_model_of_the_last_finite_step(
     spark: SparkSession, sick: DataFrame, store: Store, tmp_path: Path
 ) -> None:
     callbacks = [StepLogger(tmp_path / "epochs.csv")]
-    model = estimator(store, on_nan="stop", run_id="sick", callbacks=callbacks, stall_timeout_s=20).fit(sick)
+    model = estimator(store, on_nan="stop", run_id="sick", callbacks=callbacks, stall_timeout_s=120).fit(sick)
     assert_same(outcome(model), outcome(estimator(store, epochs=1).fit(without(spark, BAD_STEP, STEPS))))
     assert len(model.getHistory()["loss"]) == 1
     log = Path(store.path("runs/sick/logs/rank-0.log")).read_text()
