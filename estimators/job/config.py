@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Self
 
 from hvdspark.estimators.converters import to_run_id
@@ -151,8 +151,8 @@ class JobConfig(_Section):
     def addresses(self) -> list[str | None]:
         """The functions that it names; executors need their modules too."""
         section = self.estimator
-        own = [value for value in (section.loss, section.optimizer) if isinstance(value, str)]
-        return [self.pipeline, section.model, section.callbacks, section.custom_objects, *own]
+        nested = [section.loss, section.optimizer, section.metrics, self.evaluation and self.evaluation.metrics]
+        return [self.pipeline, section.model, section.callbacks, section.custom_objects, *_texts(nested)]
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -170,6 +170,15 @@ class JobConfig(_Section):
         if self.evaluation is not None and self.evaluation.since is not None and self.input.window is None:
             raise ValueError("'evaluation.since' goes by the column of 'input.window'; add it")
         return self
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield the texts in lists and mappings within each other."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(item)
 
 
 def load_config(

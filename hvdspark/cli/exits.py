@@ -15,6 +15,8 @@ from hvdspark.errors import (
     ConfigError,
     DataError,
     LaunchError,
+    LaunchTimeoutError,
+    NotEnoughSlotsError,
     RunInProgressError,
     StageLostError,
     StoreError,
@@ -40,7 +42,7 @@ class Exit(IntEnum):
         Hosts were lost, slots are missing, the Store is out of reach, or another driver is at the run: the same
         command may succeed later.
     CONFIG
-        The configuration cannot work.
+        The configuration cannot work, be it that of the job or of the cluster.
     INTERRUPTED
         By a signal, or because Spark's jobs were cancelled.
     """
@@ -59,10 +61,13 @@ _BY_CLASS: tuple[tuple[type[BaseException], Exit], ...] = (
     (KeyboardInterrupt, Exit.INTERRUPTED),
     (ConfigError, Exit.CONFIG),
     (DataError, Exit.DATA),
-    (LaunchError, Exit.TRY_AGAIN),
+    (NotEnoughSlotsError, Exit.TRY_AGAIN),
+    (LaunchTimeoutError, Exit.TRY_AGAIN),
     (RunInProgressError, Exit.TRY_AGAIN),
     (StoreError, Exit.TRY_AGAIN),
     (AliasConflictError, Exit.TRY_AGAIN),
+    # Ranks that cannot come up as the cluster or the estimator is set: GPUs, MPI, interfaces.
+    (LaunchError, Exit.CONFIG),
     # Of Spark's own: stages, tables and columns that do not go together.
     (AnalysisException, Exit.CONFIG),
     (IllegalArgumentException, Exit.CONFIG),
@@ -102,6 +107,8 @@ def exit_code(exc: BaseException) -> Exit:
         return _of_spark(exc) if exc.__cause__ is None else exit_code(exc.__cause__)
     if isinstance(exc, WorkerFailedError):
         return Exit.TRY_AGAIN if exc.is_passing else Exit.FAILED
+    if isinstance(exc, LaunchError) and exc.is_passing:
+        return Exit.TRY_AGAIN
     if isinstance(exc, Py4JJavaError | PySparkException) and _is_of_data(text_of(exc)):
         return Exit.DATA
     for cls, code in _BY_CLASS:

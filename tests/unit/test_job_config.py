@@ -57,6 +57,14 @@ def test_the_example_is_a_configuration() -> None:
     assert (config.evaluation.fraction, config.evaluation.by) == (0.2, ["day"])
 
 
+def test_all_functions_that_are_named_go_to_the_executors_however_deep(load: Any) -> None:
+    losses = "  loss: {a: losses:own, b: mse}\n  metrics: {a: [metrics:own, {class_name: 'more:Own'}]}\n"
+    held_out = "evaluation: {fraction: 0.1, metrics: ['held_out:own']}\n"
+    config, _ = load(("  loss: mse\n", losses), added=held_out)
+    named = {address for address in config.addresses if address and ":" in address}
+    assert named == {"job_parts:network", "losses:own", "metrics:own", "more:Own", "held_out:own"}
+
+
 def test_the_readme_shows_the_example() -> None:
     text = EXAMPLE.read_text()
     assert text[text.index("store:") :] in (EXAMPLE.parents[2] / "README.md").read_text()
