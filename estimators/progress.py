@@ -95,13 +95,13 @@ class Lines:
         self._store = store
         self._run_id = run_id
         self._epochs = epochs
-        self._told = {_key(record) for record in _history(store, run_id)}
+        self._told = {record.key for record in _history(store, run_id)}
 
     def update(self) -> None:
         """Log the epochs that have ended since the last time."""
         for record in _history(self._store, self._run_id):
-            if _key(record) not in self._told:
-                self._told.add(_key(record))
+            if record.key not in self._told:
+                self._told.add(record.key)
                 logger.info("%s: %s", self._run_id, line_of(record, self._epochs))
 
     def close(self) -> None:
@@ -114,11 +114,6 @@ def line_of(record: EpochRecord, epochs: int) -> str:
     text = f"epoch {record.epoch}/{epochs}: {metrics}; {record.seconds:.1f} s, {record.rows_per_s:,.0f} rows/s"
     slowest = record.slowest
     return text if slowest is None else f"{text}; slowest rank {slowest.rank} on {slowest.host}"
-
-
-def _key(record: EpochRecord) -> tuple[int, float]:
-    """Tell epochs apart, also where one was trained anew."""
-    return record.epoch, record.started
 
 
 def _progress(store: Store, run_id: str) -> Progress | None:

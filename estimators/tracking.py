@@ -41,8 +41,6 @@ _ODD = re.compile(r"[^\w\-. :/]")
 # People watch epochs of minutes there, and a server is asked for something every time.
 _POLL_S = 2.0
 
-_Key = tuple[int, float]
-
 
 class Tracking:
     """Logs nothing."""
@@ -75,9 +73,9 @@ class MlflowTracking(Tracking):
         self._recording = recording
         self._store = store
         self._mlflow_run_id = mlflow_run_id
-        # An epoch that was trained anew after a restart is another one.
-        self._seen: set[_Key] = set()
-        self._logged: set[_Key] = set()
+        # By their keys: an epoch that was trained anew after a restart is another one.
+        self._seen: set[tuple[int, float]] = set()
+        self._logged: set[tuple[int, float]] = set()
         # A watcher that waits for a slow server may still be at it when the fit has ended.
         self._lock = threading.Lock()
 
@@ -98,7 +96,7 @@ class MlflowTracking(Tracking):
     def update(self) -> None:
         """Log the epochs that have ended by now, and those that MLflow has not taken before."""
         written = self._written(logging.DEBUG)
-        fresh = {_key(epoch) for epoch in written} - self._seen
+        fresh = {epoch.key for epoch in written} - self._seen
         if fresh:
             # Of an epoch that was not taken there is a warning, not one at every look.
             self._seen |= fresh
@@ -138,12 +136,12 @@ class MlflowTracking(Tracking):
 
     def _log_written(self, written: Sequence[EpochRecord]) -> None:
         with self._lock:
-            fresh = [epoch for epoch in written if _key(epoch) not in self._logged]
+            fresh = [epoch for epoch in written if epoch.key not in self._logged]
             found = (
                 (name, value, epoch.ended, epoch.epoch) for epoch in fresh for name, value in epoch.metrics.items()
             )
             if self._log_metrics(found):
-                self._logged.update(map(_key, fresh))
+                self._logged.update(epoch.key for epoch in fresh)
 
     def _log_metrics(self, values: Iterable[tuple[str, float, float, int]]) -> bool:
         """Log values with their names, times and epochs; ``False`` when not all were taken."""
@@ -175,10 +173,6 @@ class MlflowTracking(Tracking):
             logger.warning("%s: MLflow did not take %s: %s", self._recording.record.run_id, what, first_line(exc))
             return False
         return True
-
-
-def _key(epoch: EpochRecord) -> _Key:
-    return epoch.epoch, epoch.started
 
 
 @contextlib.contextmanager

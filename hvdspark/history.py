@@ -88,6 +88,11 @@ class EpochRecord:
     ranks: tuple[RankTimes, ...]
 
     @property
+    def key(self) -> tuple[int, float]:
+        """What tells epochs apart, also where one was trained anew."""
+        return self.epoch, self.started
+
+    @property
     def ended(self) -> float:
         """When it had ended, validation and all, in seconds since 1970."""
         return self.started + self.seconds + (self.validation_s or 0.0)

@@ -31,7 +31,7 @@ from hvdspark.runs import (
     run_names,
     stored_record,
 )
-from hvdspark.store import Store, require_store
+from hvdspark.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def gc_runs(
         When the Store cannot be read or written; what was removed until then is gone.
     """
     _check_rules(keep_last, older_than_s)
-    wanted = _wanted(require_store(store))
+    wanted = _wanted(store)
     records = {record.run_id: record for record in list_runs(store)}
     doomed = doomed_runs(records.values(), keep_last, older_than_s, time.time())
     fates = []

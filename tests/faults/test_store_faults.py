@@ -11,7 +11,7 @@ from typing import Any
 
 import keras
 import pytest
-from faulty_fits import Fault, Trained, assert_same, die, estimator, outcome
+from faulty_fits import Fault, Trained, assert_same, die, estimator, log_of, outcome
 from hvdspark.estimators import BestOf
 from pyspark.sql import DataFrame
 
@@ -107,7 +107,7 @@ def test_a_store_that_is_out_of_reach_for_a_while_costs_checkpoints_and_nothing_
     aside = str(tmp_path / "aside")
     gone = Between(1, partial(move, store.url, aside), 3, partial(move, aside, store.url))
     assert_same(outcome(estimator(store, gone, run_id="gone").fit(df)), undisturbed)
-    log = Path(store.path("runs/gone/logs/rank-0.log")).read_text()
+    log = log_of(store, "gone")
     assert "the last model is kept in memory until it can be written" in log
     assert "no checkpoint of step 18: cannot write" in log
     assert "has gone, or its file system is no longer mounted" in log

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 from hvdspark.estimators import KerasModel
 from hvdspark.estimators.keras import codec
 from hvdspark.estimators.tracking import MlflowTracking, require_mlflow, tracked
+from standalone import wait_for
 
 from hvdspark import Store
 from hvdspark.errors import ParamError
@@ -124,7 +124,7 @@ def test_epochs_are_logged_as_they_end_and_again_where_they_were_trained_anew(st
         with log.following():
             [run] = mlflow.MlflowClient().search_runs([experiment])
             write_history(store, "a", [epoch(1, 0.5), epoch(2, 0.25)])
-            waited_for(lambda: values(run.info.run_id, "loss") == {1: 0.5, 2: 0.25})
+            wait_for(lambda: values(run.info.run_id, "loss") == {1: 0.5, 2: 0.25}, "MLflow's metrics", 30)
             write_history(store, "a", [epoch(1, 0.5), epoch(2, 0.125, started=1000.0)])
         # The block's last look is over, or came too late for the parting: what is left is logged at the end.
         log.finish(result, model)
@@ -153,13 +153,6 @@ def test_epochs_that_mlflow_does_not_take_cost_one_warning_and_are_logged_later(
         log.update()
         assert values(run.info.run_id, "loss") == {1: 0.5, 2: 0.25}
     assert caplog.text.count("MLflow did not take") == 1
-
-
-def waited_for(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def test_the_users_own_run_is_logged_to_and_left_open_and_others_come_within_it(store: Store, experiment: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from faulty_fits import assert_same, outcome
+from faulty_fits import assert_same, log_of, outcome
 from hvdspark.estimators import KerasEstimator
 from pyspark.sql import DataFrame, SparkSession
 
@@ -87,7 +87,7 @@ def test_a_fit_that_skips_a_step_is_one_that_never_had_its_rows(
     expected = outcome(estimator(store, **keywords).fit(without(spark, first, first + passes)))
     assert found[0].pop("skipped_steps") == [1.0, 1.0]
     assert_same(found, expected)
-    log = Path(store.path("runs/sick/logs/rank-0.log")).read_text()
+    log = log_of(store, "sick")
     assert f"epoch 2: 1 of {STEPS} steps were left out, because gradients were not finite" in log
 
 
@@ -117,7 +117,7 @@ def test_a_fit_that_stops_has_the_model_of_the_last_finite_step(
     model = estimator(store, on_nan="stop", run_id="sick", callbacks=callbacks, stall_timeout_s=120).fit(sick)
     assert_same(outcome(model), outcome(estimator(store, epochs=1).fit(without(spark, BAD_STEP, STEPS))))
     assert len(model.getHistory()["loss"]) == 1
-    log = Path(store.path("runs/sick/logs/rank-0.log")).read_text()
+    log = log_of(store, "sick")
     assert f"epoch 1, step {BAD_STEP + 1} of {STEPS}: gradients are not finite; the training ends" in log
 
 
